@@ -1,0 +1,93 @@
+"""Images on the device as uint8, a run's random numbers, and crop, flip and normalisation as one batched gather."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ImageBank:
+    """Images that stay on the device as uint8, padded once, and come out as normalised batches.
+
+    `images` (N, H, W, C) uint8, `labels` (N,) int64, as numpy arrays; `mean` and `std` (C,) on the 0..255 scale.
+    """
+
+    def __init__(self, images, labels, *, mean, std, padding: int, device: torch.device, dtype: torch.dtype):
+        self.padding = padding
+        self.labels = torch.as_tensor(labels, device=device)
+        self._size = images.shape[1:3]
+        padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        self._windows = _windows(torch.from_numpy(padded).to(device), self._size, padding)
+        self._shift = torch.as_tensor(mean, device=device, dtype=dtype)
+        self._scale = 1 / torch.as_tensor(std, device=device, dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def plain(self, batch: int) -> Iterator[Tensor]:
+        """All images in order, not augmented, as normalised batches (B, C, H, W)."""
+        for start in range(0, len(self), batch):
+            index = torch.arange(start, min(start + batch, len(self)), device=self.labels.device)
+            centre = torch.full_like(index, self.padding)
+            yield self._normalise(self._windows[index, centre, centre])
+
+    def augmented(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+        """Crops of the images `index` (B,), moved by `shift` (B, 2) in 0..2 padding, mirrored where `flip` (B,).
+
+        Returns normalised (B, C, H, W) in channels-last memory order. One gather: the bank is seen as a tensor of all
+        its crops without a copy being made of any.
+        """
+        crops = self._windows[index, shift[:, 0], shift[:, 1]]
+        crops = torch.where(flip[:, None, None, None], crops.flip(2), crops)
+        return self._normalise(crops)
+
+    def _normalise(self, crops: Tensor) -> Tensor:
+        return ((crops.to(self._shift.dtype) - self._shift) * self._scale).permute(0, 3, 1, 2)
+
+
+def _windows(padded: Tensor, size: tuple[int, int], padding: int) -> Tensor:
+    """All crops of (N, H + 2p, W + 2p, C) as a strided view (N, 2p + 1, 2p + 1, H, W, C)."""
+    n, row, column, channel = padded.stride()
+    shifts = 2 * padding + 1
+    shape = (len(padded), shifts, shifts, *size, padded.shape[3])
+    return padded.as_strided(shape, (n, row, column, row, column, channel))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All random numbers that the data of a training phase needs, for every epoch, drawn before it starts.
+
+    `order` (E, N) int32 visits every image once an epoch; `shift` (E, N, 2) uint8 and `flip` (E, N) bool belong to the
+    image visited at that position. They depend on seed, stream, N and augmentation only, and epoch e does not depend on
+    how many epochs follow, so runs of one seed are paired whatever their method and device.
+    """
+
+    order: Tensor
+    shift: Tensor
+    flip: Tensor
+
+    @classmethod
+    def make(
+        cls, *, seed: int, stream: int, epochs: int, images: int, padding: int, flip: bool, device: torch.device
+    ) -> "Draws":
+        """Draw on the CPU, then move to the device. Streams of one seed are unrelated."""
+        parts = [_epoch_draws(seed, stream, epoch, images, padding, flip) for epoch in range(epochs)]
+        return cls(*(torch.from_numpy(np.stack(part)).to(device) for part in zip(*parts, strict=True)))
+
+    def batch(self, epoch: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(index, shift, flip) of positions start..stop of an epoch, ready for `ImageBank.augmented`."""
+        at = slice(start, stop)
+        return self.order[epoch, at].long(), self.shift[epoch, at].long(), self.flip[epoch, at]
+
+
+def _epoch_draws(seed: int, stream: int, epoch: int, images: int, padding: int, flip: bool) -> tuple[np.ndarray, ...]:
+    # numpy promises the raw stream of a bit generator, but not what a Generator makes of it
+    generator = np.random.Philox(np.random.SeedSequence([seed, stream, epoch]))
+    order = np.argsort(generator.random_raw(images), kind="stable").astype(np.int32)
+    bits = generator.random_raw(images)
+    shifts = 2 * padding + 1
+    shift = np.stack([(bits & 0xFFFF) * shifts >> 16, (bits >> 16 & 0xFFFF) * shifts >> 16], axis=1).astype(np.uint8)
+    mirrored = (bits >> 63).astype(bool) & flip
+    return order, shift, mirrored

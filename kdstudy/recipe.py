@@ -1,0 +1,72 @@
+"""How a network is trained: optimiser, schedule, length, batch, augmentation, precision."""
+
+from dataclasses import dataclass
+
+from kdstudy.core import require_at_least_zero, require_choice, require_positive
+
+PRECISIONS = ("bf16", "fp32", "fp64")
+SCHEDULES = ("step", "plateau")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """SGD with momentum under one of two schedules.
+
+    "step" multiplies the learning rate by `factor` at the start of each epoch in `milestones` (0-based) and reports the
+    last of `epochs` epochs. "plateau" needs held-out images: it multiplies by `factor` after `patience` epochs in a row
+    without a better accuracy on them and stops after `stop_patience` such epochs, or after `epochs` at the latest.
+    Weight decay acts on every trained parameter. Raises ValueError naming the field that is out of range.
+    """
+
+    epochs: int
+    batch: int  # images per step; an odd last batch is kept
+    learning_rate: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    schedule: str = "step"
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.2
+    patience: int = 2
+    stop_patience: int = 3
+    crop_padding: int = 4  # pixels of zeros on each side before the random crop; 0 turns it off
+    flip: bool = True  # mirror left-right half of the time
+    precision: str = "bf16"  # of the forward and backward pass; losses and weights are at least float32
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "learning_rate", "factor", "patience", "stop_patience"):
+            require_positive(name, getattr(self, name))
+        for name in ("momentum", "weight_decay", "crop_padding"):
+            require_at_least_zero(name, getattr(self, name))
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("schedule", self.schedule, SCHEDULES)
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise, not {list(self.milestones)}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The step schedule's learning rate in this 0-based epoch."""
+        return self.learning_rate * self.factor ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+@dataclass
+class Plateau:
+    """The plateau schedule's memory: a plain dataclass of numbers, so that a checkpoint can hold it."""
+
+    best: float = -1.0
+    waited: int = 0
+    learning_rate: float = 0.0
+
+    def update(self, accuracy: float, recipe: Recipe) -> bool:
+        """Take in an epoch's held-out accuracy; True says that training should stop."""
+        if accuracy > self.best:
+            self.best, self.waited = accuracy, 0
+            return False
+        self.waited += 1
+        if self.waited >= recipe.stop_patience:
+            return True
+        if self.waited % recipe.patience == 0:
+            self.learning_rate *= recipe.factor
+        return False
