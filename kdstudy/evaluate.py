@@ -1,0 +1,64 @@
+"""Scores of a trained network on a fixed set of images."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdstudy.data import ImageBank
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good a network's logits are; see `score` for each field."""
+
+    accuracy: float
+    nll: float
+    ece: float
+    agreement: float | None
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, images: ImageBank, batch: int = 500) -> Tensor:
+    """(N, C) logits of all plain images in eval mode, in the dtype of the images; the network's modes are restored."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    logits = torch.cat([network(x).logits for x in images.plain(batch)])
+    for module, training in modes.items():
+        module.training = training
+    return logits
+
+
+def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Scores:
+    """Score (N, C) logits against (N,) labels.
+
+    accuracy: percent of images whose largest logit is the label's. nll: mean negative log-likelihood, nats. ece:
+    expected calibration error, percent, 15 bins of equal width of the top probability (Guo et al. 2017, eq. 3).
+    agreement: percent of images on which teacher and student predict the same class, None without a teacher.
+    """
+    logits = logits.double()
+    predicted = logits.argmax(dim=1)
+    agreement = None if teacher_logits is None else _percent(predicted == teacher_logits.argmax(dim=1))
+    return Scores(
+        accuracy=_percent(predicted == labels),
+        nll=F.cross_entropy(logits, labels).item(),
+        ece=calibration_error(logits, labels),
+        agreement=agreement,
+    )
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error of (N, C) logits, percent: sum over bins of (n_b / N) |accuracy_b - confidence_b|."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    gap = (predicted == labels).to(confidence.dtype) - confidence
+    # bin k holds confidences in (k / bins, (k + 1) / bins]
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.zeros(bins, dtype=gap.dtype, device=gap.device).index_add_(0, index, gap)
+    return 100 * sums.abs().sum().item() / len(labels)
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.double().mean().item()

@@ -1,0 +1,296 @@
+"""The loop: it trains whatever a scheme hands it, phase by phase, and can be stopped and resumed at any step.
+
+Nothing inside an epoch waits for the device: losses and counts are summed there and copied to the host once an epoch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdstudy.checkpoint import load_checkpoint, save_checkpoint
+from kdstudy.core import Phase
+from kdstudy.data import Draws, ImageBank
+from kdstudy.evaluate import logits_of
+from kdstudy.recipe import Plateau, Recipe
+from kdstudy.schemes import Batch, Scheme, Turn
+
+# Raised by hand when a change may alter the outcome of a run: it is part of every run's id. A test compares tiny seeded
+# runs of every method with outcomes on file and fails if they move while this does not.
+REVISION = 1
+
+HALF = {"bf16": torch.bfloat16, "fp32": None, "fp64": None}
+FULL = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Stopped(Exception):
+    """Training was asked to stop; the checkpoint holds everything needed to go on."""
+
+
+class Diverged(Exception):
+    """The loss of an epoch is not finite. `history` holds the epochs up to and including it."""
+
+    def __init__(self, message: str, history: list[dict]):
+        super().__init__(message)
+        self.history = history
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop shares with the outside: where to keep checkpoints, whom to tell, when to stop."""
+
+    checkpoint: Path | None = None
+    checkpoint_seconds: float = 60.0
+    on_step: Callable[[float, str], None] = lambda epochs_done, text: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class Position:
+    """Where training stands: `step` batches of epoch `epoch` of phase `phase` are done."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Sums:
+    """Sums over the images of an epoch, on the device: one vector, named entry by entry."""
+
+    names: list[str] = field(default_factory=list)
+    values: Tensor | None = None
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Add one batch's per-name scalars."""
+        vector = torch.stack([part.detach().double() for part in parts.values()])
+        if self.values is None:
+            self.names, self.values = list(parts), vector
+        else:
+            self.values = self.values + vector
+
+    def means(self, images: int) -> dict[str, float]:
+        """Per-image means; this waits for the device."""
+        return dict(zip(self.names, (self.values / images).tolist(), strict=True))
+
+
+class Training:
+    """One run in progress. `run()` takes it from wherever it stands to its end.
+
+    `bank` holds the training images; `watch` names further sets whose accuracy (percent) is noted after every epoch,
+    and the plateau schedule follows the one named "held_out". Networks and banks must already be on the device.
+    Raises ValueError if a phase has a batch larger than the data, another padding than the bank, or a plateau without
+    held-out images.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        recipe: Recipe,
+        bank: ImageBank,
+        *,
+        seed: int,
+        watch: Mapping[str, ImageBank],
+        surroundings: Surroundings = Surroundings(),
+    ):
+        self.scheme, self.recipe, self.bank, self.seed = scheme, recipe, bank, seed
+        self.watch, self.surroundings = watch, surroundings
+        self.device = bank.labels.device
+        self.phases = scheme.phases()
+        self.position = Position()
+        self.history: list[dict] = []
+        self.seconds = 0.0  # of training, over all sessions
+        self._sums = Sums()
+        self._plateau = Plateau()
+        self._optimisers: dict[str, torch.optim.Optimizer] = {}
+        for phase in self.phases:
+            self._check(self._recipe_of(phase))
+
+    def _check(self, recipe: Recipe) -> None:
+        if recipe.batch > len(self.bank):
+            raise ValueError(f"batch must be at most the {len(self.bank)} training images, not {recipe.batch}")
+        if recipe.crop_padding != self.bank.padding:
+            raise ValueError(f"crop_padding must be {self.bank.padding} as in the bank, not {recipe.crop_padding}")
+        if recipe.schedule == "plateau" and "held_out" not in self.watch:
+            raise ValueError("schedule 'plateau' needs held-out images: set the data set's `validation` above 0")
+
+    def run(self) -> list[dict]:
+        """Train to the end and return the history: one dict per epoch, means per image.
+
+        Raises Diverged, or Stopped after writing the checkpoint.
+        """
+        torch.manual_seed(self.seed)  # dropout and the like; data has its own draws
+        self._clock = self._saved = time.monotonic()
+        state = self._load()
+        if state is None:
+            self.scheme.prepare(self.bank.plain(self.recipe.batch))
+        else:
+            self._restore(state)
+        for index in range(self.position.phase, len(self.phases)):
+            self._run_phase(index)
+        self._tick()
+        return self.history
+
+    def _run_phase(self, index: int) -> None:
+        phase = self.phases[index]
+        recipe = self._recipe_of(phase)
+        draws = self._draws(index, recipe)
+        if not self._optimisers:  # they exist when training resumes inside the phase
+            self._begin_phase(phase, recipe)
+        while self.position.epoch < recipe.epochs:
+            self._run_epoch(phase, recipe, draws)
+            if self._end_epoch(phase, recipe):
+                break
+        self.position = Position(phase=index + 1)
+        self._optimisers = {}
+
+    def _recipe_of(self, phase: Phase) -> Recipe:
+        return replace(self.recipe, **phase.recipe)
+
+    def _draws(self, index: int, recipe: Recipe) -> Draws:
+        # the last phase always has stream 0: methods with and without preparatory phases stay paired in it
+        stream = (index + 1) % len(self.phases)
+        return Draws.make(
+            seed=self.seed,
+            stream=stream,
+            epochs=recipe.epochs,
+            images=len(self.bank),
+            padding=recipe.crop_padding,
+            flip=recipe.flip,
+            device=self.device,
+        )
+
+    def _begin_phase(self, phase: Phase, recipe: Recipe) -> None:
+        self._plateau = Plateau(learning_rate=recipe.learning_rate)
+        self._optimisers = {turn.name: self._optimiser(turn, recipe) for turn in self.scheme.turns(phase)}
+
+    def _optimiser(self, turn: Turn, recipe: Recipe) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            self.scheme.trained_parameters(turn.trains),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
+            fused=True,
+        )
+
+    def _run_epoch(self, phase: Phase, recipe: Recipe, draws: Draws) -> None:
+        self.scheme.set_modes(phase)
+        self._set_learning_rate(recipe)
+        if self.position.step == 0:
+            self._sums = Sums()
+        steps = math.ceil(len(self.bank) / recipe.batch)
+        for step in range(self.position.step, steps):
+            self._step(phase, recipe, draws, step)
+            self.position.step = step + 1
+            self._between_steps(phase, recipe, steps)
+
+    def _step(self, phase: Phase, recipe: Recipe, draws: Draws, step: int) -> None:
+        start = step * recipe.batch
+        stop = min(start + recipe.batch, len(self.bank))
+        index, shift, flip = draws.batch(self.position.epoch, start, stop)
+        batch = Batch(self.bank.augmented(index, shift, flip), self.bank.labels[index])
+        noted = {}
+        for turn in self.scheme.turns(phase):
+            losses = self.scheme.losses(phase, turn, batch, HALF[recipe.precision])
+            self._optimisers[turn.name].zero_grad(set_to_none=True)
+            sum(losses.terms.values()).backward()
+            self._optimisers[turn.name].step()
+            noted |= {name: term * len(index) for name, term in losses.terms.items()} | dict(losses.counts)
+        self._sums.add(noted)
+
+    def _set_learning_rate(self, recipe: Recipe) -> None:
+        step_schedule = recipe.schedule == "step"
+        rate = recipe.learning_rate_at(self.position.epoch) if step_schedule else self._plateau.learning_rate
+        for optimiser in self._optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+        self._learning_rate = rate
+
+    def _end_epoch(self, phase: Phase, recipe: Recipe) -> bool:
+        """Note the epoch in the history and move on; True says that the schedule ends the phase."""
+        row = {"phase": phase.name, "epoch": self.position.epoch, "learning_rate": self._learning_rate}
+        means = self._sums.means(len(self.bank))
+        row["train_accuracy"] = 100 * means.pop("correct")
+        row |= means
+        row |= {f"{name}_accuracy": self._accuracy(bank) for name, bank in self.watch.items()}
+        self.history.append(row)
+        if not all(math.isfinite(mean) for mean in means.values()):
+            raise Diverged(f"the loss is not finite in epoch {self.position.epoch} of {phase.name!r}", self.history)
+        self.position.epoch += 1
+        self.position.step = 0
+        return recipe.schedule == "plateau" and self._plateau.update(row["held_out_accuracy"], recipe)
+
+    def _accuracy(self, bank: ImageBank) -> float:
+        return 100 * (logits_of(self.scheme.deployed, bank).argmax(dim=1) == bank.labels).double().mean().item()
+
+    def _between_steps(self, phase: Phase, recipe: Recipe, steps: int) -> None:
+        done = sum(self._recipe_of(earlier).epochs for earlier in self.phases[: self.position.phase])
+        text = f"{phase.name} epoch {self.position.epoch + 1}/{recipe.epochs}"
+        self.surroundings.on_step(done + self.position.epoch + self.position.step / steps, text)
+        if self.surroundings.should_stop():
+            self._save()
+            raise Stopped
+        if time.monotonic() - self._saved > self.surroundings.checkpoint_seconds:
+            self._save()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def _save(self) -> None:
+        self._tick()
+        self._saved = self._clock
+        if self.surroundings.checkpoint is None:
+            return
+        state: dict[str, Any] = {
+            "revision": REVISION,
+            "position": asdict(self.position),
+            "scheme": self.scheme.state_dict(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self._optimisers.items()},
+            "sums": {"names": self._sums.names, "values": self._sums.values},
+            "plateau": asdict(self._plateau),
+            "history": self.history,
+            "seconds": self.seconds,
+            "random": _random_state(self.device),
+        }
+        save_checkpoint(state, self.surroundings.checkpoint)
+
+    def _load(self) -> dict[str, Any] | None:
+        if self.surroundings.checkpoint is None:
+            return None
+        state = load_checkpoint(self.surroundings.checkpoint, self.device)
+        return state if state and state.get("revision") == REVISION else None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.position = Position(**state["position"])
+        self.scheme.load_state_dict(state["scheme"])
+        if self.position.phase < len(self.phases):
+            phase = self.phases[self.position.phase]
+            self._begin_phase(phase, self._recipe_of(phase))
+        for name, optimiser in self._optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        self._sums = Sums(**state["sums"])
+        self._plateau = Plateau(**state["plateau"])
+        self.history = state["history"]
+        self.seconds = state["seconds"]
+        _set_random_state(state["random"], self.device)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
