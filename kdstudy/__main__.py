@@ -1,0 +1,115 @@
+"""The command line: `python -m kdstudy COMMAND`; `--help` after any command says more."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdstudy import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. What the user can mend is told in one line, without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["notebook"]:
+        from kdstudy import notebook
+
+        return notebook.main(argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, and the run goes on from its last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdstudy", description="A reproducible study of knowledge distillation.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    methods = commands.add_parser("methods", help="list every method: key, kind, scheme, phases, paper")
+    methods.add_argument("--json", action="store_true", help="for machines: a list of objects")
+    methods.set_defaults(command=_methods)
+
+    data = commands.add_parser("data", help="fetch or embed a data set, check it, and write data/NAME.npz")
+    data.add_argument("name", help="a data set of params.yaml")
+    data.set_defaults(command=_data)
+
+    run = commands.add_parser("run", help="train runs that have no record yet, without DVC and Jupyter")
+    run.add_argument("--setting", required=True, help="a setting of params.yaml")
+    run.add_argument("--stage", default="response", help="teacher, or a stage of params.yaml's methods")
+    run.add_argument("--method", action="append", metavar="ROW", help="only this row of the stage; may be repeated")
+    run.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
+    run.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", help="override params.yaml")
+    run.add_argument("--device", help="auto, cpu, cuda or cuda:N; by default the profile's")
+    run.add_argument("--out", type=Path, help="keep runs in this folder instead of the run store")
+    run.set_defaults(command=_run)
+
+    commands.add_parser("notebook", help="execute a notebook: SOURCE OUTPUT NAME=VALUE ...")
+
+    form = commands.add_parser("format", help="bring the source notebooks into their canonical form")
+    form.add_argument("--check", action="store_true", help="change nothing; fail if one is not canonical")
+    form.set_defaults(command=_format)
+
+    report = commands.add_parser("report", help="join a profile's executed notebooks into one self-contained page")
+    report.add_argument("profile")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from kdstudy.study import METHODS, describe_method
+
+    rows = [describe_method(key) for key in METHODS]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print(f"{row['key']:<18} {row['kind']:<9} {row['scheme']:<8} {','.join(row['phases']):<8} {row['paper']}")
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from kdstudy.execute import data_path
+    from kdstudy.image_set import save_image_set
+    from kdstudy.params import load_params, look_up
+    from kdstudy.sources import load_source
+
+    dataset = look_up("data set", arguments.name, load_params().datasets)
+    save_image_set(load_source(arguments.name, dataset.source, dataset.location), data_path(arguments.name))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from kdstudy.execute import Executor, open_ledger
+    from kdstudy.progress import reporter
+    from kdstudy.store import Store
+
+    store = Store(arguments.out / "runs", arguments.out / "published") if arguments.out else Store()
+    ledger = open_ledger(arguments.set, store)
+    with reporter(arguments.setting) as progress:
+        executor = Executor(ledger, arguments.setting, report=progress.update, device=arguments.device)
+        specs = executor.make_chosen(arguments.stage, arguments.method, arguments.seed)
+    print(ledger.frame(specs)[["method", "purpose", "seed", "test_accuracy", "status", "run"]].to_string(index=False))
+
+
+def _format(arguments: argparse.Namespace) -> None:
+    from kdstudy.notebook import format_sources
+
+    changed = format_sources(Path("notebooks"), check=arguments.check)
+    if changed and arguments.check:
+        raise ValueError(f"not canonical: {', '.join(map(str, changed))}; `make fmt` mends it")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from kdstudy.report import build_profile_report
+
+    print(f"report: {build_profile_report(arguments.profile)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Trains the runs that a stage lacks, each in full or from its checkpoint, and publishes their records."""
+
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache, cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdstudy.checkpoint import load_weights, save_weights
+from kdstudy.data import ImageBank
+from kdstudy.evaluate import logits_of, score
+from kdstudy.image_set import ImageSet, channel_statistics, holdout_split, read_card, read_image_set
+from kdstudy.models import build_model, count_parameters
+from kdstudy.params import PARAMS_FILE, load_params, look_up
+from kdstudy.recipe import Recipe
+from kdstudy.results import Ledger
+from kdstudy.schemes import Alone, Offline, Scheme
+from kdstudy.store import Record, Store
+from kdstudy.study import Planner, RunSpec, check_methods
+from kdstudy.train import FULL, Diverged, Surroundings, Training
+
+DATA_FOLDER = Path("data")
+
+
+def open_ledger(overrides: Sequence[str] = (), store: Store | None = None) -> Ledger:
+    """The study of params.yaml in the current folder, and what its store holds; data sets must have been made.
+
+    Raises ValueError or FileNotFoundError with what is wrong or missing.
+    """
+    params = load_params(PARAMS_FILE, overrides)
+    check_methods(params)
+    checksums = {name: read_card(data_path(name))["checksum"] for name in params.datasets if data_path(name).exists()}
+    return Ledger(Planner(params, checksums), store or Store())
+
+
+def data_path(dataset: str) -> Path:
+    """Where the data stage puts a data set."""
+    return DATA_FOLDER / f"{dataset}.npz"
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device named, "auto" for a GPU if there is one; KDSTUDY_DEVICE in the environment comes first.
+
+    Raises ValueError for a device that does not exist here.
+    """
+    wanted = os.environ.get("KDSTUDY_DEVICE", wanted)
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"device {wanted!r} was asked for, but torch finds {found} CUDA devices; try auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}")
+    return device
+
+
+class DataOnDevice:
+    """One data set in device memory, cut into the parts that runs ask for; each part is made once."""
+
+    def __init__(self, images: ImageSet, device: torch.device):
+        self.images, self.device = images, device
+        self.mean, self.std = channel_statistics(images.x_train)
+        self.training, self.watched = cache(self.training), cache(self.watched)
+
+    def training(self, held_out: int, recipe: Recipe) -> ImageBank:
+        """The training images without the held-out ones."""
+        index = self._split(held_out)[0]
+        return self._bank(self.images.x_train[index], self.images.y_train[index], recipe, recipe.crop_padding)
+
+    def watched(self, held_out: int, recipe: Recipe) -> dict[str, ImageBank]:
+        """The sets whose accuracy is noted every epoch: the test images, and the held-out ones if there are any."""
+        banks = {"test": self._bank(self.images.x_test, self.images.y_test, recipe, 0)}
+        index = self._split(held_out)[1]
+        if len(index):
+            banks["held_out"] = self._bank(self.images.x_train[index], self.images.y_train[index], recipe, 0)
+        return banks
+
+    def build(self, network: str, recipe: Recipe) -> nn.Module:
+        """A network for these images, freshly initialised, on the device."""
+        images = self.images
+        module = build_model(network, classes=images.classes, channels=images.channels, image_size=images.image_size)
+        return module.to(device=self.device, dtype=FULL[recipe.precision], memory_format=torch.channels_last)
+
+    def _split(self, held_out: int):
+        everything = slice(None)
+        return holdout_split(self.images.y_train, held_out) if held_out else (everything, [])
+
+    def _bank(self, images, labels, recipe: Recipe, padding: int) -> ImageBank:
+        dtype = FULL[recipe.precision]
+        return ImageBank(images, labels, mean=self.mean, std=self.std, padding=padding, device=self.device, dtype=dtype)
+
+
+class Executor:
+    """Makes the runs of one setting. `report(done, total, text)` is told how far it is, in epochs.
+
+    `device` is "auto", "cpu", "cuda" or "cuda:N"; by default the profile's.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        setting: str,
+        *,
+        report: Callable[[float, float, str], None] = lambda done, total, text: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        device: str | None = None,
+    ):
+        self.ledger, self.store, self.setting = ledger, ledger.store, setting
+        params = ledger.planner.params
+        self._profile = params.profiles[ledger.planner.setting(setting).profile]
+        self._report, self._should_stop = report, should_stop
+        self._wanted_device = device or self._profile.device
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where runs are made."""
+        if self._profile.threads:
+            torch.set_num_threads(self._profile.threads)
+        torch.backends.cudnn.benchmark = True
+        return choose_device(self._wanted_device)
+
+    @cached_property
+    def _data(self) -> DataOnDevice:
+        dataset = self.ledger.planner.setting(self.setting).dataset
+        return DataOnDevice(read_image_set(data_path(dataset)), self.device)
+
+    def run_stage(self, stage: str) -> list[RunSpec]:
+        """Train whatever the stage lacks, cells of grids before final runs, and publish all of its records."""
+        specs = self.make_chosen(stage)
+        self.store.publish(specs)
+        return specs
+
+    def make_chosen(
+        self, stage: str, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    ) -> list[RunSpec]:
+        """Train whatever the stage lacks of these rows and seeds (None: all), cells of grids before final runs."""
+        planner = self.ledger.planner
+        if stage == "teacher":
+            specs = [spec for spec in planner.teachers(self.setting) if seeds is None or spec.seed in seeds]
+            self.complete(specs)
+            return specs
+        known = planner.rows(self.setting, stage)
+        for row in rows or ():
+            look_up(f"row of {self.setting} {stage}:", row, dict.fromkeys(known))
+        rows = rows or known
+        cells = [spec for row in rows for spec in planner.tuning(self.setting, stage, row)]
+        self.complete(cells)
+        final = [spec for row in rows for spec in self.ledger.final(self.setting, stage, row)]
+        final = [spec for spec in final if seeds is None or spec.seed in seeds]
+        self.complete(final)
+        return cells + final
+
+    def complete(self, specs: Iterable[RunSpec]) -> None:
+        """Train those of the runs that have no record, in order, and first the teachers whose weights they need.
+
+        Raises Stopped if asked to stop in between.
+        """
+        missing = self._missing(specs)
+        total = sum(spec.recipe.epochs for spec in missing)
+        done = 0
+        for spec in missing:
+            self.make(spec, partial(self._tell, spec, done, total))
+            done += spec.recipe.epochs
+
+    def _missing(self, specs: Iterable[RunSpec]) -> list[RunSpec]:
+        students = [spec for spec in specs if self.store.record(spec) is None]
+        teachers = [spec.teacher for spec in students if spec.teacher]
+        absent = [spec for spec in teachers if not self.store.weights(spec.id).exists()]
+        return list({spec.id: spec for spec in absent + students}.values())
+
+    def _tell(self, spec: RunSpec, done: float, total: float, epochs: float, text: str) -> None:
+        self._report(done + epochs, total, f"{spec} {text}")
+
+    def make(self, spec: RunSpec, on_step: Callable[[float, str], None] = lambda epochs, text: None) -> Record:
+        """Train one run, from its checkpoint if it has one; keep record and weights. A diverged run has a record too."""
+        with self.store.lock(spec.id):
+            finished = self.store.record(spec)
+            if finished is not None and (finished["status"] == "diverged" or self.store.weights(spec.id).exists()):
+                return finished  # perhaps by another process, while this one waited
+            surroundings = Surroundings(
+                checkpoint=self.store.checkpoint(spec.id), on_step=on_step, should_stop=self._should_stop
+            )
+            return self._make(spec, surroundings)
+
+    def _make(self, spec: RunSpec, surroundings: Surroundings) -> Record:
+        started = datetime.now(UTC)
+        teacher = self._teacher(spec.teacher) if spec.teacher else None
+        scheme = self._scheme(spec, teacher)
+        watch = self._data.watched(spec.held_out, spec.recipe)
+        training = Training(
+            scheme,
+            spec.recipe,
+            self._data.training(spec.held_out, spec.recipe),
+            seed=spec.seed,
+            watch=watch,
+            surroundings=surroundings,
+        )
+        record = _describe(spec, scheme, self.device, started)
+        try:
+            history = training.run()
+        except Diverged as diverged:
+            record |= {"status": "diverged", "scores": {}, "history": _without_nan(diverged.history)}
+        else:
+            scores = self._scores(scheme.deployed, watch, spec)
+            record |= {"status": "finished", "scores": scores, "history": history}
+            save_weights(scheme.deployed, self.store.weights(spec.id))
+        record |= {"seconds": round(training.seconds, 1), "finished": _now()}
+        self.store.write_record(record)
+        return record
+
+    def _scheme(self, spec: RunSpec, teacher: nn.Module | None) -> Scheme:
+        torch.manual_seed(spec.seed)  # before the student is built: its first weights are the seed's
+        student = self._data.build(spec.network, spec.recipe)
+        method = spec.build_method()
+        if not method.needs_teacher:
+            return Alone(student, method)
+        sample = next(self._data.watched(0, spec.recipe)["test"].plain(2))
+        return Offline(student, teacher, method, sample)
+
+    def _teacher(self, spec: RunSpec) -> nn.Module:
+        """The trained teacher. Where its weights are absent it is trained, even if its record is known."""
+        if not self.store.weights(spec.id).exists() and self.make(spec)["status"] == "diverged":
+            raise ValueError(f"the teacher {spec} ({spec.id}) has diverged: no student can be trained by it")
+        network = self._data.build(spec.network, spec.recipe)
+        load_weights(network, self.store.weights(spec.id))
+        return network
+
+    def _scores(self, network: nn.Module, watch: Mapping[str, ImageBank], spec: RunSpec) -> dict[str, float]:
+        teacher_logits = self._teacher_logits(spec.teacher) if spec.teacher else None
+        test = score(logits_of(network, watch["test"]), watch["test"].labels, teacher_logits)
+        scores = {"test_accuracy": test.accuracy, "nll": test.nll, "ece": test.ece}
+        if spec.teacher:
+            scores |= {"agreement": test.agreement, "teacher_accuracy": self._accuracy(teacher_logits, watch["test"])}
+        if "held_out" in watch:
+            scores["val_accuracy"] = self._accuracy(logits_of(network, watch["held_out"]), watch["held_out"])
+        return {name: round(value, 6) for name, value in scores.items()}
+
+    @cache  # noqa: B019 - an executor lives as long as its stage
+    def _teacher_logits(self, spec: RunSpec) -> Tensor:
+        return logits_of(self._teacher(spec), self._data.watched(0, spec.recipe)["test"])
+
+    def _accuracy(self, logits: Tensor, bank: ImageBank) -> float:
+        return score(logits, bank.labels).accuracy
+
+
+def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: datetime) -> Record:
+    return {
+        "run": spec.id,
+        "dataset": spec.dataset,
+        "data_checksum": spec.data_checksum,
+        "held_out": spec.held_out,
+        "network": spec.network,
+        "method": spec.method,
+        "hyperparameters": asdict(spec.build_method()),
+        "recipe": asdict(spec.recipe),
+        "seed": spec.seed,
+        "teacher_run": spec.teacher.id if spec.teacher else None,
+        "student_parameters": count_parameters(scheme.deployed),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "started": started.isoformat(timespec="seconds"),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _without_nan(history: list[dict]) -> list[dict]:
+    def cleaned(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{name: cleaned(value) for name, value in epoch.items()} for epoch in history]
+
+
+@cache
+def commit() -> str:
+    """The commit of the code that runs, with "+" if the tree has changes; KDSTUDY_COMMIT where there is no git."""
+    try:
+        head = _git("rev-parse", "HEAD")[:12]
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "kdstudy", "params.yaml")
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("KDSTUDY_COMMIT", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent.parent
+    return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout.strip()

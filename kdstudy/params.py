@@ -1,0 +1,211 @@
+"""params.yaml into frozen dataclasses; whatever is misspelt, missing or of the wrong type is refused by name."""
+
+import itertools
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdstudy.files import unknown_name
+from kdstudy.recipe import Recipe
+
+PARAMS_FILE = Path("params.yaml")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the runs of a profile are made. Neither field changes what a run is."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = 0  # CPU threads; 0 leaves the choice to torch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where images come from (`sources.load_source`) and how many training images are held out to choose on."""
+
+    source: str
+    validation: int
+    location: str | None = None  # a folder in torchvision's layout, or an .npz
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set with a teacher and a student. `methods` limits the rows; None means all of a stage."""
+
+    profile: str
+    dataset: str
+    teacher: str
+    student: str
+    recipe: str
+    seeds: tuple[int, ...]
+    grid: str | None = None
+    methods: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells per row: the product of the row's axes, each a list of hyperparameters to override."""
+
+    axes: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def cells(self, row: str) -> list[dict[str, Any]]:
+        """The overrides of every cell of a row, in a fixed order; empty if the row has no grid."""
+        if row not in self.rows:
+            return []
+        product = itertools.product(*(self.axes[axis] for axis in self.rows[row]))
+        return [{name: value for part in cell for name, value in part.items()} for cell in product]
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole file. `methods` maps stage to row to hyperparameters."""
+
+    profiles: Mapping[str, Profile]
+    datasets: Mapping[str, Dataset]
+    recipes: Mapping[str, Recipe]
+    settings: Mapping[str, Setting]
+    methods: Mapping[str, Mapping[str, dict[str, Any]]]
+    grids: Mapping[str, Grid]
+
+    def settings_of(self, profile: str) -> dict[str, Setting]:
+        """The settings of a profile. Raises ValueError for an unknown profile."""
+        look_up("profile", profile, self.profiles)
+        return {name: setting for name, setting in self.settings.items() if setting.profile == profile}
+
+
+def look_up(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    """`known[name]`, or a ValueError with the nearest known name."""
+    if name not in known:
+        raise unknown_name(kind, name, known)
+    return known[name]
+
+
+def load_params(path: Path = PARAMS_FILE, overrides: Sequence[str] = ()) -> Params:
+    """Read and check params.yaml. `overrides` are "recipes.step.epochs=5": an existing place and a YAML value.
+
+    Raises FileNotFoundError if there is no file, ValueError naming the place of whatever is wrong in it.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping")
+    for override in overrides:
+        _override(tree, override)
+    return parse_params(tree)
+
+
+def parse_params(tree: dict[str, Any]) -> Params:
+    """Build `Params` from the parsed YAML and check that every name it uses exists. Raises ValueError."""
+    tree = {key: value for key, value in tree.items() if key != "profile"}
+    _check_keys("params.yaml", tree, {f.name: f for f in fields(Params)})
+    params = Params(
+        profiles=_build_all(Profile, tree["profiles"], "profiles"),
+        datasets=_build_all(Dataset, tree["datasets"], "datasets"),
+        recipes=_build_all(Recipe, tree["recipes"], "recipes"),
+        settings=_build_all(Setting, tree["settings"], "settings"),
+        methods=_mapping_of_mappings(tree["methods"], "methods"),
+        grids=_build_all(Grid, tree["grids"], "grids"),
+    )
+    _check_names(params)
+    return params
+
+
+def _check_names(params: Params) -> None:
+    rows = {row for stage in params.methods.values() for row in stage}
+    for name, setting in params.settings.items():
+        look_up(f"profile of setting {name}:", setting.profile, params.profiles)
+        look_up(f"dataset of setting {name}:", setting.dataset, params.datasets)
+        look_up(f"recipe of setting {name}:", setting.recipe, params.recipes)
+        if setting.grid is not None:
+            look_up(f"grid of setting {name}:", setting.grid, params.grids)
+        for row in setting.methods or ():
+            look_up(f"method of setting {name}:", row, dict.fromkeys(rows))
+        if not setting.seeds or len(set(setting.seeds)) != len(setting.seeds) or min(setting.seeds) < 0:
+            raise ValueError(f"settings.{name}.seeds must be distinct numbers of at least 0, not {list(setting.seeds)}")
+    for name, grid in params.grids.items():
+        for row, axes in grid.rows.items():
+            look_up(f"row of grid {name}:", row, dict.fromkeys(rows))
+            for axis in axes:
+                look_up(f"axis of grid {name}:", axis, grid.axes)
+
+
+def build(cls: type, values: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping. Raises ValueError naming the place, unknown keys and wrong types."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping, not {values!r}")
+    known = {f.name: f for f in fields(cls)}
+    _check_keys(where, values, known)
+    hints = typing.get_type_hints(cls)
+    checked = {name: _typed(value, hints[name], f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**checked)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _build_all(cls: type, tree: Any, where: str) -> dict[str, Any]:
+    return {name: build(cls, values, f"{where}.{name}") for name, values in _mapping_of_mappings(tree, where).items()}
+
+
+def _mapping_of_mappings(tree: Any, where: str) -> dict[str, dict]:
+    if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
+        raise ValueError(f"{where} must map names to mappings")
+    return tree
+
+
+def _check_keys(where: str, values: dict, known: dict[str, Any]) -> None:
+    for key in values:
+        if key not in known:
+            raise unknown_name(f"key in {where}:", key, known)
+    required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type; lists become tuples and whole numbers floats, nothing else is converted."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    hint = next(option for option in options if option is not type(None))
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = dict if origin is Mapping else origin
+    if not isinstance(value, expected) or (isinstance(value, bool) and origin is not bool):
+        raise ValueError(f"{where} must be {_article(origin)}, not {value!r}{_number_hint(value, origin)}")
+    return value
+
+
+def _article(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
+    return names.get(kind, f"a {kind.__name__}")
+
+
+def _number_hint(value: Any, kind: type) -> str:
+    if kind is float and isinstance(value, str) and "e" in value.lower():
+        return " (YAML reads 1e-1 as text; write 1.0e-1)"
+    return ""
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    place, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"an override must read PLACE=VALUE, such as recipes.step.epochs=5, not {override!r}")
+    *path, last = place.split(".")
+    for key in path:
+        tree = look_up(f"place {place!r} in params.yaml:", key, tree)
+        if not isinstance(tree, dict):
+            raise ValueError(f"{place!r} is no place in params.yaml: {key!r} holds a value")
+    tree[last] = yaml.safe_load(text)

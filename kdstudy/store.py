@@ -1,0 +1,90 @@
+"""The run store: record, weights and checkpoint of every run by its id, and the published copies of the records.
+
+The store (`.kdstudy/runs/<id>/`) is ignored by git and unknown to DVC. A stage publishes the records of its runs to
+`runs/<profile>/<stage>/<setting>/<id>.json`: those DVC tracks and, for the thesis profile, git keeps, so that a clone
+knows what is finished without having any weights.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdstudy.files import write_json
+from kdstudy.study import RunSpec
+
+STORE = Path(os.environ.get("KDSTUDY_STORE", ".kdstudy/runs"))
+PUBLISHED = Path("runs")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Runs on disk. `root` holds them by id, `published` the records that stages have handed on."""
+
+    root: Path = STORE
+    published: Path = PUBLISHED
+
+    def weights(self, run: str) -> Path:
+        """Where the deployed network's weights are or will be."""
+        return self.root / run / "weights.safetensors"
+
+    def checkpoint(self, run: str) -> Path:
+        """Where an unfinished run's checkpoint is or will be."""
+        return self.root / run / "checkpoint.pt"
+
+    def record(self, spec: RunSpec) -> Record | None:
+        """The record of a finished or diverged run, from the store or as published; None if there is none.
+
+        Raises ValueError naming the file if it is torn or belongs to another run.
+        """
+        for path in (self._record_path(spec.id), self.published_path(spec)):
+            if path.exists():
+                return _read_record(path, spec.id)
+        return None
+
+    def write_record(self, record: Record) -> None:
+        """Keep a record; from now on the run is finished. Its checkpoint is removed."""
+        write_json(self._record_path(record["run"]), record)
+        self.checkpoint(record["run"]).unlink(missing_ok=True)
+
+    def published_path(self, spec: RunSpec) -> Path:
+        """Where a stage publishes the record of this run."""
+        return self.published / spec.profile / spec.stage / spec.setting / f"{spec.id}.json"
+
+    def publish(self, specs: Iterable[RunSpec]) -> None:
+        """Make the published folders of a stage hold the records of these runs and of no others."""
+        wanted = {self.published_path(spec): self.record(spec) for spec in specs}
+        for path, record in wanted.items():
+            write_json(path, record)
+        for folder in {path.parent for path in wanted}:
+            for path in set(folder.glob("*.json")) - set(wanted):
+                path.unlink()
+
+    @contextmanager
+    def lock(self, run: str) -> Iterator[None]:
+        """Hold a run for this process; waits while another process holds it. The lock ends with its holder."""
+        folder = self.root / run
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _record_path(self, run: str) -> Path:
+        return self.root / run / "record.json"
+
+
+def _read_record(path: Path, run: str) -> Record:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a run ({error}); remove it to have the run made again") from error
+    if found != run:
+        raise ValueError(f"{path} is the record of run {found}, not {run}")
+    return record

@@ -1,0 +1,249 @@
+"""Stages on disk: what is finished is never trained again, what is missing is, and nothing else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from kdstudy.checkpoint import BadFile, save_weights
+from kdstudy.execute import Executor, choose_device, data_path, open_ledger
+from kdstudy.image_set import ImageSet, save_image_set
+from kdstudy.models import build_model
+from kdstudy.results import RESULT_COLUMNS
+from kdstudy.store import Store
+from kdstudy.train import Training
+
+TREE = {
+    "profiles": {"quick": {"device": "cpu", "threads": 1}},
+    "datasets": {"stripes": {"source": "npz", "validation": 12}},
+    "recipes": {
+        "short": {
+            **{"epochs": 2, "batch": 16, "learning_rate": 0.05, "milestones": [1]},
+            **{"crop_padding": 1, "flip": False, "precision": "fp32"},
+        }
+    },
+    "settings": {
+        "stripes": {
+            **{"profile": "quick", "dataset": "stripes", "teacher": "cnn_small", "student": "wrn_10_0.25"},
+            **{"recipe": "short", "seeds": [0, 1], "grid": "small"},
+        }
+    },
+    "methods": {"response": {"ce": {}, "kd": {"temperature": 2.0}, "relative_v2": {"temperature": 2.0}}},
+    "grids": {
+        "small": {
+            "axes": {"temperature": [{"temperature": 2.0}, {"temperature": 5.0}]},
+            "rows": {"kd": ["temperature"]},
+        }
+    },
+}
+
+
+def stripes() -> ImageSet:
+    """Three classes of oblong noisy images, told apart by where a bright stripe lies."""
+    generator = np.random.default_rng(0)
+
+    def part(n):
+        labels = np.arange(n) % 3
+        images = generator.integers(0, 120, (n, 8, 12, 1), np.uint8)
+        images[np.arange(n), 2 + 2 * labels] += 100
+        return images, labels
+
+    return ImageSet("stripes", *part(60), *part(30))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KDSTUDY_DEVICE", raising=False)
+    write_params(TREE)
+    save_image_set(stripes(), data_path("stripes"))
+    return tmp_path
+
+
+def write_params(tree: dict) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(tree))
+
+
+def executor() -> Executor:
+    return Executor(open_ledger(store=Store(Path("store"), Path("runs"))), "stripes")
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The runs that are trained from now on, as "method seed"."""
+    runs, run = [], Training.run
+
+    def spy(self):
+        method = getattr(self.scheme, "method", None)
+        runs.append(f"{type(method).__name__} {self.seed}")
+        return run(self)
+
+    monkeypatch.setattr(Training, "run", spy)
+    return runs
+
+
+def test_a_stage_is_trained_once_and_published(folder, trained):
+    first = executor()
+    teachers = first.run_stage("teacher")
+    assert len(trained) == 3  # two seeds and one for tuning
+    specs = first.run_stage("response")
+    assert len(trained) == 3 + 2 + (2 + 2) + 2
+    frame = first.ledger.frame([*teachers, *specs])
+    assert tuple(frame.columns) == RESULT_COLUMNS
+    assert frame.test_accuracy.between(0, 100).all()
+    assert frame[frame.purpose == "tuning"].val_accuracy.notna().all()
+    assert frame[frame.purpose == "final"].val_accuracy.isna().all()
+
+    trained.clear()
+    again = executor()
+    again.run_stage("teacher")
+    assert again.ledger.frame([*teachers, *again.run_stage("response")]).equals(frame)
+    assert trained == []
+
+    published = {path.stem for path in Path("runs/quick/response/stripes").iterdir()}
+    assert published == {spec.id for spec in specs}
+
+
+def test_an_edited_number_trains_that_method_only(folder, trained):
+    executor().run_stage("response")
+    trained.clear()
+    tree = json.loads(json.dumps(TREE))
+    tree["methods"]["response"]["relative_v2"]["temperature"] = 3.0
+    write_params(tree)
+    before = set(Path("runs/quick/response/stripes").iterdir())
+    executor().run_stage("response")
+    assert trained == ["RelativeV2 0", "RelativeV2 1"]
+    after = set(Path("runs/quick/response/stripes").iterdir())
+    assert len(before - after) == len(after - before) == 2  # records that nothing asks for are not published
+
+
+def test_published_records_alone_make_a_run_finished(folder, trained):
+    executor().run_stage("teacher")
+    executor().run_stage("response")
+    shutil.rmtree("store")
+    trained.clear()
+    executor().run_stage("teacher")
+    executor().run_stage("response")
+    assert trained == []
+    # a run that is missing brings its teacher, whose weights are gone, and no other run
+    victim = next(spec for spec in executor().ledger.final("stripes", "response", "ce") if spec.seed == 1)
+    executor().store.published_path(victim).unlink()
+    executor().run_stage("response")
+    assert trained == ["CrossEntropy 1", "CrossEntropy 1"]
+
+
+def test_a_diverging_student_stops_nobody(folder, trained):
+    tree = json.loads(json.dumps(TREE))
+    tree["methods"]["response"]["kd"] = {"method": "kd", "kd_weight": 1.0e38, "temperature": 10.0}
+    tree["grids"]["small"]["rows"] = {}
+    write_params(tree)
+    specs = executor().run_stage("response")
+    frame = executor().ledger.frame(specs)
+    assert set(frame[frame.method == "kd"].status) == {"diverged"}
+    assert frame[frame.method == "kd"].test_accuracy.isna().all()
+    assert set(frame[frame.method != "kd"].status) == {"finished"}
+    trained.clear()
+    executor().run_stage("response")
+    assert trained == []
+
+
+def test_choice_is_of_the_validation_images(folder):
+    executor().run_stage("response")
+    ledger = executor().ledger
+    cells = ledger.planner.tuning("stripes", "response", "kd")
+    for cell, accuracy in zip(cells, (10.0, 90.0), strict=True):
+        record = ledger.store.record(cell)
+        record["scores"] |= {"val_accuracy": accuracy, "test_accuracy": 100 - accuracy}
+        ledger.store.write_record(record)
+    assert {dict(spec.hyperparameters)["temperature"] for spec in ledger.final("stripes", "response", "kd")} == {5.0}
+
+
+def test_final_runs_wait_for_every_cell(folder):
+    executor().run_stage("response")
+    ledger = executor().ledger
+    cell = ledger.planner.tuning("stripes", "response", "kd")[1]
+    ledger.store.published_path(cell).unlink()
+    shutil.rmtree(ledger.store.root / cell.id)
+    assert ledger.final("stripes", "response", "kd") == []
+    assert len(ledger.final("stripes", "response", "ce")) == 2
+
+
+@pytest.mark.parametrize(("network", "classes"), [("wrn_10_0.25", 3), ("cnn_small", 4)])
+def test_a_teacher_file_of_another_network_is_refused(folder, network, classes):
+    first = executor()
+    first.run_stage("teacher")
+    spec = first.ledger.planner.teacher("stripes", 0)
+    save_weights(build_model(network, classes=classes, channels=1, image_size=8), first.store.weights(spec.id))
+    with pytest.raises(BadFile, match=f"{spec.id}/weights.safetensors belong to another network"):
+        executor().run_stage("response")
+
+
+def test_a_torn_teacher_file_is_refused(folder):
+    first = executor()
+    first.run_stage("teacher")
+    path = first.store.weights(first.ledger.planner.teacher("stripes", 0).id)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadFile, match="cannot be read"):
+        executor().run_stage("response")
+
+
+def test_a_torn_record_is_refused_and_left(folder):
+    executor().run_stage("teacher")
+    path = next(Path("store").glob("*/record.json"))
+    torn = path.read_text()[:50]
+    path.write_text(torn)
+    with pytest.raises(ValueError, match="is no record of a run"):
+        executor().run_stage("teacher")
+    assert path.read_text() == torn
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder):
+    Path("store").write_text("in the way")
+    with pytest.raises(OSError, match="store"):
+        executor().run_stage("teacher")
+
+
+def test_data_that_was_altered_is_refused_before_training(folder, trained):
+    path = data_path("stripes")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="dvc repro data@stripes"):
+        executor().run_stage("teacher")
+    assert trained == []
+
+
+def test_a_data_set_that_was_not_made_is_named(folder):
+    data_path("stripes").unlink()
+    with pytest.raises(ValueError, match=r"data set 'stripes'.*dvc repro data@stripes"):
+        executor().run_stage("teacher")
+
+
+def test_devices(monkeypatch):
+    monkeypatch.delenv("KDSTUDY_DEVICE", raising=False)
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="must be auto, cpu, cuda"):
+        choose_device("gpu")
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(ValueError, match="asked for, but torch finds 0 CUDA devices"):
+            choose_device("cuda")
+    monkeypatch.setenv("KDSTUDY_DEVICE", "cpu")
+    assert choose_device("cuda").type == "cpu"
+
+
+def test_progress_reaches_the_end(folder):
+    told = []
+    ledger = open_ledger(store=Store(Path("store"), Path("runs")))
+    Executor(ledger, "stripes", report=lambda *update: told.append(update)).run_stage("response")
+    done = [update[0] for update in told]
+    starts = [i for i in range(1, len(done)) if done[i] < done[i - 1]]
+    assert len(starts) == 1  # the tuning cells, then the final runs
+    assert told[-1][0] == told[-1][1] == max(update[1] for update in told)
+    assert "relative_v2 seed 1" in told[-1][2]
+    assert os.environ.get("KDSTUDY_PROGRESS") is None
