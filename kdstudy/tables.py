@@ -1,0 +1,284 @@
+"""The study's tables: the thesis's beside ours, the methods of a setting, the tuning grids; as CSV, Markdown, LaTeX."""
+
+import json
+import re
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdstudy.files import unknown_name, write_text
+from kdstudy.results import RESULT_COLUMNS, cell_order
+from kdstudy.statistics import holm, mean_interval, paired_difference
+
+METHOD_LABELS: Mapping[str, str] = {
+    "teacher": "Teacher",
+    "ce": "CE student",
+    "kd": "Vanilla KD",
+    "spherical": "Spherical KD",
+    "relative_v1": "Relative KD V1",
+    "relative_v2": "Relative KD V2",
+    "relative_v3": "Relative KD V3",
+    "relative_v4": "Relative KD V4",
+    "two_temperature": "Two Temperature",
+    "earth_mover": "Earth Mover",
+    "earth_mover_printed": "Earth Mover, as printed",
+    "relative_v1_signed": "Relative KD V1, signed",
+    "relative_v4_literal": "Relative KD V4, as printed",
+}
+
+THESIS_COLUMNS = (
+    "method", "published", "ours", "ci_low", "ci_high", "n", "difference",
+    "best_on_test", "chosen_on_validation", "optimism", "cells", "diverged",
+)  # fmt: skip
+COMPARISON_COLUMNS = (
+    "stage", "scheme", "method", "test_accuracy", "ci_low", "ci_high", "n",
+    "difference_to_kd", "difference_low", "difference_high", "pairs", "p_holm", "agreement", "nll", "ece", "diverged",
+)  # fmt: skip
+GROUP = ["stage", "scheme", "method"]
+NUMBERS = ["test_accuracy", "val_accuracy", "agreement", "nll", "ece"]
+# the stage of the thesis's methods: another scheme may run the same loss elsewhere, as born-again networks run "kd"
+THESIS_STAGE = "response"
+
+
+def published_results() -> pd.DataFrame:
+    """The 68 accuracies (percent) that the thesis prints, in its order; source and misprints: `published/README.md`.
+
+    Columns: table, setting, dataset, teacher_arch, student_arch, method (our key), accuracy, note.
+    """
+    return pd.read_csv(Path(__file__).parent / "published" / "thesis_tables.csv", keep_default_na=False)
+
+
+def thesis_title(number: int) -> str:
+    """The heading of thesis table `number` (2 to 8), e.g. "Table 5. CIFAR-10, WRN-40-1 teacher, WRN-16-1 student"."""
+    first = _published_table(number).iloc[0]
+    title = f"Table {number}. {first.dataset}, {first.teacher_arch} teacher, {first.student_arch} student"
+    return re.sub(r"(CIFAR|ResNet)(?=\d)", r"\1-", title)
+
+
+def _published_table(number: int) -> pd.DataFrame:
+    published = published_results()
+    if number not in set(published.table):
+        raise unknown_name("thesis table", number, published.table.unique())
+    return published[published.table == number]
+
+
+def thesis_table(number: int, results: pd.DataFrame) -> pd.DataFrame:
+    """Thesis table `number` (2 to 8), its rows in its order, beside our runs; accuracies in percent.
+
+    Columns: method, published, ours (mean over the final runs' seeds), ci_low, ci_high (95 %), n, difference (ours -
+    published); then the thesis's own way beside ours: best_on_test (highest test accuracy of a tuning cell),
+    chosen_on_validation (test accuracy of the cell best on validation), optimism (the first less the second), cells
+    (how many were run); and diverged (final runs that did). What was not run is NaN with n = 0.
+    Raises ValueError for an unknown number, a missing column or two final runs of one seed.
+    """
+    published = _published_table(number)
+    runs = _runs_of(results, published.setting.iloc[0])
+    rows = [
+        (method, accuracy, *_thesis_cells(_thesis_runs(runs, method), accuracy))
+        for method, accuracy in zip(published.method, published.accuracy, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=THESIS_COLUMNS)
+
+
+def _runs_of(results: pd.DataFrame, setting: str) -> pd.DataFrame:
+    missing = [column for column in RESULT_COLUMNS if column not in results.columns]
+    if missing:
+        raise ValueError(f"results lack the columns {', '.join(missing)}; needed are {', '.join(RESULT_COLUMNS)}")
+    runs = results[results.setting == setting].reset_index(drop=True)
+    return runs.astype(dict.fromkeys(NUMBERS, np.float64))
+
+
+def _thesis_runs(runs: pd.DataFrame, method: str) -> pd.DataFrame:
+    if method == "teacher":
+        # a teacher has no grid, so nothing of it was chosen
+        return runs[(runs.stage == "teacher") & (runs.purpose == "final")]
+    return runs[(runs.stage == THESIS_STAGE) & (runs.method == method)]
+
+
+def _thesis_cells(runs: pd.DataFrame, published: float) -> tuple[float, ...]:
+    final = _final(runs)
+    ours = mean_interval(final.test_accuracy)
+    grid = runs[runs.purpose == "tuning"]
+    best, chosen = grid.test_accuracy.max(), _chosen(grid).test_accuracy.max()
+    return (*ours, ours.mean - published, best, chosen, best - chosen, len(grid), _count_diverged(final))
+
+
+def _final(runs: pd.DataFrame) -> pd.DataFrame:
+    """The final runs of one method, indexed by seed and in its order, so that sums do not depend on the rows' order."""
+    final = runs[runs.purpose == "final"]
+    twice = final[final.seed.duplicated()]
+    if len(twice):
+        names = ", ".join(final.run[final.seed == twice.seed.iloc[0]].astype(str))
+        method = f"{twice.stage.iloc[0]}/{twice.method.iloc[0]}"
+        raise ValueError(f"final runs of {method} must be one per seed, but seed {twice.seed.iloc[0]} has {names}")
+    return final.set_index("seed").sort_index()
+
+
+def _count_diverged(runs: pd.DataFrame) -> int:
+    return int((runs.status == "diverged").sum())
+
+
+def _chosen(grid: pd.DataFrame) -> pd.DataFrame:
+    """The row of `grid` with the best validation accuracy, the first in `cell_order` of those that tie; or no row."""
+    return _in_cell_order(grid[grid.val_accuracy == grid.val_accuracy.max()]).head(1)
+
+
+def _in_cell_order(grid: pd.DataFrame) -> pd.DataFrame:
+    keys = [(cell_order(text), seed) for text, seed in zip(grid.hyperparameters, grid.seed, strict=True)]
+    return grid.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def comparison_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """All methods run on `setting`, best mean first: one row for each (stage, scheme, method) of the students.
+
+    Columns: stage, scheme, method; test_accuracy (mean over the final runs), ci_low, ci_high (95 %), n;
+    difference_to_kd (paired, to vanilla KD), difference_low, difference_high, pairs (seeds that both have); p_holm
+    (two-sided paired t test, adjusted for the number of methods compared); agreement, nll, ece (means, in the results'
+    units); diverged (final runs that did). A method without final runs has n = 0 and NaN.
+    Raises ValueError for a missing column or two final runs of one seed.
+    """
+    runs = _runs_of(results, setting)
+    students = runs[runs.stage != "teacher"]
+    finals = {name: _final(group) for name, group in students.groupby(GROUP, dropna=False)}
+    kd = next((final for (stage, _, method), final in finals.items() if (stage, method) == (THESIS_STAGE, "kd")), None)
+    rows = [(*name, *_comparison_cells(final, kd)) for name, final in finals.items()]
+    table = pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
+    table["p_holm"] = holm(table.p_holm)
+    return table.sort_values("test_accuracy", ascending=False, kind="stable", ignore_index=True)
+
+
+def _comparison_cells(final: pd.DataFrame, kd: pd.DataFrame | None) -> tuple[float, ...]:
+    # vanilla KD is not compared with itself, nor anything with a vanilla KD that was not run
+    reference = final.head(0) if kd is None or kd is final else kd
+    difference, p_value = paired_difference(final.test_accuracy, reference.test_accuracy)
+    scores = final.loc[final.status == "finished", ["agreement", "nll", "ece"]].mean()
+    return (*mean_interval(final.test_accuracy), *difference, p_value, *scores, _count_diverged(final))
+
+
+def tuning_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """The students' grid cells on `setting`, in `cell_order` within each method; accuracies in percent.
+
+    Columns: stage, scheme, method, hyperparameters (JSON), seed, val_accuracy, test_accuracy, chosen (the best on
+    validation of its method), diverged (0 or 1). Raises ValueError for a missing column.
+    """
+    runs = _runs_of(results, setting)
+    grids = runs[(runs.stage != "teacher") & (runs.purpose == "tuning")]
+    chosen = [row for _, grid in grids.groupby(GROUP, dropna=False) for row in _chosen(grid).index]
+    table = _in_cell_order(grids).sort_values(GROUP, kind="stable")
+    table = table.assign(chosen=table.index.isin(chosen), diverged=(table.status == "diverged").astype(int))
+    columns = [*GROUP, "hyperparameters", "seed", "val_accuracy", "test_accuracy", "chosen", "diverged"]
+    return table[columns].reset_index(drop=True)
+
+
+def write_table(frame: pd.DataFrame, stem: Path, caption: str) -> None:
+    """Write one of the tables above as `<stem>.csv`, `<stem>.md` and `<stem>.tex`, each atomically.
+
+    The CSV is for machines: numbers to 4 decimals (p values to 4 digits), an empty cell where there is none. Markdown
+    and LaTeX (booktabs) are for readers: labels, `mean [low, high]`, "not run", "diverged". `caption` is plain text.
+    """
+    printed = _printed(frame)
+    aligned = ["left" if column in TEXTS else "right" for column in frame.columns if column not in FOLDED]
+    markdown = printed.to_markdown(index=False, disable_numparse=True, colalign=aligned)
+    latex = printed.to_latex(
+        index=False,
+        escape=True,
+        column_format="".join(side[0] for side in aligned),
+        caption=caption.translate(LATEX_ESCAPES),
+        label=f"tab:{stem.name}",
+    )
+    write_text(stem.with_name(f"{stem.name}.csv"), _rounded(frame).to_csv(index=False, lineterminator="\n"))
+    write_text(stem.with_name(f"{stem.name}.md"), f"**{caption}**\n\n{markdown}\n")
+    write_text(stem.with_name(f"{stem.name}.tex"), latex)
+
+
+def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    rounded = frame.round({column: 4 for column in frame.columns if column != "p_holm"})
+    if "p_holm" in rounded:
+        rounded["p_holm"] = [float(f"{p:.4g}") for p in rounded.p_holm]
+    return rounded.replace(-0.0, 0.0)  # -0.00001 would print as -0.0
+
+
+TEXTS: Mapping[str, Callable[[Any], str]] = {
+    "stage": str,
+    "scheme": str,
+    "method": lambda key: METHOD_LABELS.get(key, key),
+    "hyperparameters": lambda text: ", ".join(f"{name} {value}" for name, value in json.loads(text).items()),
+    "chosen": lambda chosen: "chosen" if chosen else "",
+}
+HEADINGS: Mapping[str, str] = {
+    "published": "Published (%)",
+    "ours": "Ours (%)",
+    "n": "n",
+    "difference": "Difference (points)",
+    "optimism": "Optimism (points)",
+    "test_accuracy": "Test accuracy (%)",
+    "val_accuracy": "Validation accuracy (%)",
+    "difference_to_kd": "Difference to Vanilla KD (points)",
+    "p_holm": "p (Holm)",
+    "agreement": "Agreement (%)",
+    "nll": "NLL (nats)",
+    "ece": "ECE (%)",
+}
+FORMATS: Mapping[str, str] = {"difference": "+z.2f", "difference_to_kd": "+z.2f", "nll": ".4f", "p_holm": ".2g"}
+LIMITS: Mapping[str, tuple[str, str]] = {
+    "ours": ("ci_low", "ci_high"),
+    "test_accuracy": ("ci_low", "ci_high"),
+    "difference_to_kd": ("difference_low", "difference_high"),
+}
+# printed inside the cell that they belong to
+FOLDED = ("ci_low", "ci_high", "difference_low", "difference_high", "diverged")
+# what was measured, and the column that counts the runs which may have failed to give it
+ATTEMPTS: Mapping[str, str] = {
+    "ours": "diverged",
+    "test_accuracy": "diverged",
+    "val_accuracy": "diverged",
+    "best_on_test": "cells",
+    "chosen_on_validation": "cells",
+}
+LATEX_ESCAPES = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+
+def _printed(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = frame.to_dict("records")
+    columns = [column for column in frame.columns if column not in FOLDED]
+    cells = [[_cell(column, row) for column in columns] for row in rows]
+    return pd.DataFrame(cells, columns=[_heading(column, frame) for column in columns], dtype=object)
+
+
+def _heading(column: str, frame: pd.DataFrame) -> str:
+    heading = HEADINGS.get(column, column.replace("_", " ").capitalize())
+    has_limits = column in LIMITS and LIMITS[column][0] in frame
+    return f"{heading} [95 % interval]" if has_limits else heading
+
+
+def _cell(column: str, row: Mapping[Hashable, Any]) -> str:
+    value = row[column]
+    if column in TEXTS:
+        return TEXTS[column](value)
+    if isinstance(value, int):
+        return str(value)
+    if np.isnan(value):
+        return _absent(column, row)
+    form = FORMATS.get(column, ".2f")
+    text = format(value, form)
+    limits = [row.get(limit, np.nan) for limit in LIMITS.get(column, ())]
+    if limits and not np.isnan(limits).any():
+        text += f" [{', '.join(format(limit, form) for limit in limits)}]"
+    if ATTEMPTS.get(column) == "diverged" and row["diverged"]:
+        text += f" ({row['diverged']} diverged)"
+    return text
+
+
+def _absent(column: str, row: Mapping[Hashable, Any]) -> str:
+    """Why a number is missing; "-" where there is none to be had, as for the grid of a method that has no grid."""
+    if column not in ATTEMPTS:
+        return "-"
+    if row[ATTEMPTS[column]]:
+        return "diverged"
+    return "-" if row.get("n") else "not run"
