@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="join a profile's executed notebooks into one self-contained page")
     report.add_argument("profile")
     report.set_defaults(command=_report)
+
+    readme = commands.add_parser("readme", help="put the quick profile's table and picture into README.md")
+    readme.set_defaults(command=_readme)
     return parser
 
 
@@ -106,9 +109,15 @@ def _format(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from kdstudy.report import build_profile_report
+    from kdstudy.pages import report_profile
 
-    print(f"report: {build_profile_report(arguments.profile)}")
+    print(f"report: {report_profile(arguments.profile)}")
+
+
+def _readme(arguments: argparse.Namespace) -> None:
+    from kdstudy.pages import update_readme
+
+    update_readme()
 
 
 if __name__ == "__main__":

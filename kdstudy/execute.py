@@ -88,9 +88,17 @@ class DataOnDevice:
 
     def build(self, network: str, recipe: Recipe) -> nn.Module:
         """A network for these images, freshly initialised, on the device."""
-        images = self.images
-        module = build_model(network, classes=images.classes, channels=images.channels, image_size=images.image_size)
+        module = self._unplaced(network)
         return module.to(device=self.device, dtype=FULL[recipe.precision], memory_format=torch.channels_last)
+
+    def check(self, network: str) -> None:
+        """Raise ValueError unless there is such a network and it takes these images."""
+        with torch.device("meta"):  # shapes only: no memory, no random numbers
+            self._unplaced(network)
+
+    def _unplaced(self, network: str) -> nn.Module:
+        images = self.images
+        return build_model(network, classes=images.classes, channels=images.channels, image_size=images.image_size)
 
     def _split(self, held_out: int):
         everything = slice(None)
@@ -167,6 +175,8 @@ class Executor:
         Raises Stopped if asked to stop in between.
         """
         missing = self._missing(specs)
+        for network in dict.fromkeys(spec.network for spec in missing):
+            self._data.check(network)  # the last one's misspelt name is told before the first one is trained
         total = sum(spec.recipe.epochs for spec in missing)
         done = 0
         for spec in missing:
@@ -183,7 +193,7 @@ class Executor:
         self._report(done + epochs, total, f"{spec} {text}")
 
     def make(self, spec: RunSpec, on_step: Callable[[float, str], None] = lambda epochs, text: None) -> Record:
-        """Train one run, from its checkpoint if it has one; keep record and weights. A diverged run has a record too."""
+        """Train one run, from its checkpoint if it has one; keep record and weights. Diverged runs have one too."""
         with self.store.lock(spec.id):
             finished = self.store.record(spec)
             if finished is not None and (finished["status"] == "diverged" or self.store.weights(spec.id).exists()):
