@@ -1,9 +1,9 @@
 """Edits of a teacher's target, sample by sample: the walks of D'Amicantonio 2021 (chapter 2), on any logits.
 
-All are functions of frozen logits (B, C) and labels (B,), without a gradient, in float32 or better. Everything is
-vectorised, with static shapes, so that nothing waits for the device: a walk that ends at a first failure or success
-uses a prefix of the sorted entries, and cumulative sums tell how long it is. Walks are ascending and stable, over the logits
-as they were before the edit, with thresholds that stay fixed.
+All are functions of frozen logits (B, C) and labels (B,), without a gradient, in float32 or better. All is vectorised,
+with static shapes, so that nothing waits for the device: a walk that ends at a first failure or success is a prefix of
+the sorted entries, and cumulative sums tell its length. Walks are ascending and stable, over the logits as they were
+before the edit, with thresholds that stay fixed.
 """
 
 import torch

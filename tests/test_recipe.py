@@ -1,0 +1,72 @@
+"""Learning rates of both schedules against rules written out by hand, and fields out of range."""
+
+import itertools
+import math
+
+import pytest
+from toy import keras_epochs
+
+from kdstudy.recipe import Plateau, Recipe
+
+VALID = {"epochs": 200, "batch": 128, "learning_rate": 0.1}
+
+
+def test_step_schedule_at_the_thesis_milestones():
+    recipe = Recipe(**VALID, milestones=[60, 120, 160], factor=0.2)
+    expected = [0.1] * 60 + [0.02] * 60 + [0.004] * 40 + [0.0008] * 40
+    assert [recipe.learning_rate_at(epoch) for epoch in range(200)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_step_schedule_without_milestones_is_constant():
+    assert {Recipe(**VALID).learning_rate_at(epoch) for epoch in range(200)} == {0.1}
+
+
+def plateau_epochs(accuracies, recipe):
+    plateau, rates = Plateau(learning_rate=recipe.learning_rate), []
+    for accuracy in accuracies:
+        rates.append(plateau.learning_rate)
+        if plateau.update(accuracy, recipe):
+            break
+    return rates
+
+
+def test_plateau_halves_after_two_epochs_without_improvement_and_stops_after_three():
+    recipe = Recipe(**VALID, schedule="plateau", factor=0.5)
+    # better, better, equal, worse -> halved; better; three not better -> halved at the second, stopped at the third
+    accuracies = [50, 60, 60, 59, 61, 61, 60, 58, 99]
+    assert plateau_epochs(accuracies, recipe) == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025]
+    assert plateau_epochs([0, 0, 0, 0, 0], recipe) == [0.1, 0.1, 0.1, 0.05]
+    assert plateau_epochs(range(9), recipe) == [0.1] * 9
+
+
+@pytest.mark.parametrize(("patience", "stop_patience"), [(2, 3), (1, 3), (2, 5), (2, 4), (3, 3), (3, 2)])
+def test_plateau_is_keras_rule_on_every_short_sequence(patience, stop_patience):
+    recipe = Recipe(**VALID, schedule="plateau", factor=0.5, patience=patience, stop_patience=stop_patience)
+    for accuracies in itertools.product((10.0, 20.0, 30.0), repeat=7):
+        expected = keras_epochs(accuracies, 0.1, 0.5, patience, stop_patience)
+        assert plateau_epochs(accuracies, recipe) == expected, accuracies
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, 0) for name in ("epochs", "batch", "learning_rate", "factor", "patience", "stop_patience")),
+        *((name, -1) for name in ("epochs", "batch", "momentum", "weight_decay", "crop_padding")),
+        *((name, math.nan) for name in ("learning_rate", "momentum")),
+        ("learning_rate", "0.1"),
+        ("precision", "fp16"),
+        ("schedule", "cosine"),
+        ("milestones", (160, 60)),
+        ("milestones", (60, 60)),
+    ],
+)
+def test_field_out_of_range_is_named(field, value):
+    shown = list(value) if isinstance(value, tuple) else value
+    with pytest.raises(ValueError, match=rf"^{field} must .*") as caught:
+        Recipe(**VALID | {field: value})
+    assert repr(shown) in str(caught.value)
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(ValueError, match="nesterov needs a momentum above 0"):
+        Recipe(**VALID, nesterov=True, momentum=0.0)

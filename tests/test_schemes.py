@@ -1,0 +1,254 @@
+"""A frozen teacher that nothing can move, gradients that go where they should, modes that evaluation cannot upset."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy import (
+    IMAGES,
+    Plain,
+    TinyNet,
+    TwoPhases,
+    clone,
+    difference,
+    make_bank,
+    make_recipe,
+    make_scheme,
+    make_training,
+    pictures,
+    tiny_net,
+    tiny_teacher,
+)
+
+from kdstudy.core import Method, View
+from kdstudy.evaluate import logits_of
+from kdstudy.models import build_model
+from kdstudy.response import SphericalKD, VanillaKD
+from kdstudy.schemes import Alone, Batch, Offline, count_correct, look
+
+ALL_TAPS = ("logits", "stem", "maps", "pre_maps", "embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spy(Method):
+    """Keeps the views that its loss is given."""
+
+    kind: ClassVar[str] = "feature"
+    paper: ClassVar[str] = "none"
+    seen: ClassVar[list[tuple[View, View]]] = []
+
+    def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
+        self.seen.append((student, teacher))
+        return (student.logits - teacher.logits).square().mean()
+
+
+def spying_on(*taps: str) -> Method:
+    """A spy that reads these taps, with an empty memory."""
+    spy = type("SpyOnTaps", (Spy,), {"reads": taps, "seen": []})
+    return dataclass(frozen=True, kw_only=True)(spy)()
+
+
+def a_batch(dtype=torch.float64) -> Batch:
+    bank = make_bank(*pictures(6), dtype=dtype)
+    return Batch(next(bank.plain(6)), bank.labels)
+
+
+def step(scheme, phase, half=None, dtype=torch.float64) -> dict[str, Tensor]:
+    """Losses of a batch with gradients computed, in the modes of the phase."""
+    scheme.set_modes(phase)
+    (turn,) = scheme.turns(phase)
+    losses = scheme.losses(phase, turn, a_batch(dtype), half)
+    sum(losses.terms.values()).backward()
+    return losses.terms
+
+
+@pytest.mark.parametrize("method", [VanillaKD(), SphericalKD(), TwoPhases()], ids=lambda m: type(m).__name__)
+def test_training_does_not_touch_the_teacher(method):
+    teacher = tiny_teacher().train()
+    before = clone(teacher.state_dict())
+    scheme = make_scheme(method, teacher=teacher)
+    modes = []
+    training = make_training(scheme, make_recipe(), on_step=lambda *_: modes.append(teacher.training))
+    training.run()
+    assert difference(clone(teacher.state_dict()), before) is None
+    assert modes and not any(modes)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_teacher_is_no_part_of_the_scheme():
+    teacher = tiny_teacher()
+    scheme = make_scheme(VanillaKD(), teacher=teacher)
+    own = {id(tensor) for tensor in (*scheme.parameters(), *scheme.buffers())}
+    assert own == {id(tensor) for tensor in (*scheme.student.parameters(), *scheme.student.buffers())}
+    assert {name.split(".")[0] for name in scheme.state_dict()} == {"student"}
+    scheme.train().requires_grad_(True)
+    scheme.set_modes(scheme.phases()[-1])
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_student_and_teacher_see_the_same_images_and_the_teachers_view_is_that_of_eval_mode():
+    teacher = tiny_teacher()
+    spy = spying_on(*ALL_TAPS)
+    scheme = make_scheme(spy, teacher=teacher)
+    step(scheme, scheme.phases()[0])
+    images = a_batch().images
+    student_view, teacher_view = spy.seen[-1]
+    torch.testing.assert_close(teacher_view.logits, teacher.eval()(images).logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(student_view.stem, scheme.student.stem(images), rtol=1e-12, atol=1e-12)
+    assert student_view.logits.requires_grad
+    assert not any(x.requires_grad for x in (teacher_view.logits, teacher_view.stem, *teacher_view.maps))
+
+
+def test_gradient_reaches_student_and_adapters_only():
+    scheme = make_scheme(TwoPhases())
+    terms = step(scheme, scheme.phases()[-1])
+    assert set(terms) == {"ce", "kd"}
+    assert {name for name, p in scheme.named_parameters() if p.grad is not None and p.grad.any()} >= {
+        "adapters.regressor.weight",
+        "adapters.regressor.bias",
+        "student.stem.weight",
+        "student.norm.weight",
+        "student.classifier.weight",
+    }
+    (teacher,) = scheme._teacher
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("taps", [("logits",), ("embedding",), ("maps", "stem"), ALL_TAPS], ids=str)
+def test_only_the_taps_a_method_reads_reach_its_loss(taps):
+    spy = spying_on(*taps)
+    scheme = make_scheme(spy)
+    step(scheme, scheme.phases()[0])
+    for view in spy.seen[-1]:
+        shown = {tap for tap in View._fields if getattr(view, tap) not in (None, ())}
+        assert shown == {"logits", *taps}
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+def test_losses_are_computed_in_float32_outside_autocast(half):
+    spy = spying_on(*ALL_TAPS)
+    scheme = make_scheme(spy, dtype=torch.float32)
+    inside = []
+    scheme.student.layer.register_forward_hook(lambda module, arguments, output: inside.append(output.dtype))
+    terms = step(scheme, scheme.phases()[0], half, torch.float32)
+    assert inside == [half or torch.float32]
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    for view in spy.seen[-1]:
+        assert {x.dtype for x in (view.logits, view.stem, *view.maps, *view.pre_maps, view.embedding)} == {
+            torch.float32
+        }
+    assert {p.grad.dtype for p in scheme.student.parameters()} == {torch.float32}
+
+
+def test_autocast_around_the_loop_does_not_reach_a_full_precision_run():
+    network, images = tiny_net(0, dtype=torch.float32).eval(), a_batch(torch.float32).images
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        view = look(network, images, ALL_TAPS, None)
+    assert torch.equal(view.maps[0], network(images).maps[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sizing_the_adapters_leaves_the_students_statistics_alone(dtype):
+    student = tiny_net(0, dtype=dtype).train()
+    before = clone(student.state_dict())
+    scheme = make_scheme(TwoPhases(), student=student, dtype=dtype)
+    assert difference(clone(student.state_dict()), before) is None
+    regressor = scheme.adapters["regressor"]
+    assert (regressor.in_features, regressor.out_features) == (3, 5)
+    assert regressor.weight.dtype == dtype and regressor.weight.requires_grad
+
+
+def test_prepare_shows_the_method_the_teacher_on_all_plain_images():
+    teacher = tiny_teacher()
+    scheme = make_scheme(TwoPhases(), teacher=teacher)
+    images, labels = pictures()
+    with torch.no_grad():
+        embedding = teacher(next(make_bank(images, labels).plain(IMAGES))).embedding
+    before = clone(teacher.state_dict())
+    scheme.prepare(make_bank(images, labels, padding=3).plain(5))
+    measured = scheme.adapters["spread"].running_mean
+    torch.testing.assert_close(measured, embedding.mean(dim=0), rtol=1e-12, atol=1e-12)
+    assert not measured.requires_grad and difference(clone(teacher.state_dict()), before) is None
+
+
+def training_modules(scheme) -> set[str]:
+    return {name for name, module in scheme.named_modules() if module.training}
+
+
+def test_only_what_a_phase_trains_is_in_train_mode():
+    scheme = make_scheme(TwoPhases())
+    regress, distil = scheme.phases()
+    scheme.set_modes(regress)
+    assert training_modules(scheme) == {"adapters.regressor"}
+    scheme.set_modes(distil)
+    assert training_modules(scheme) == {
+        f"student{part}" for part in ("", *(f".{x}" for x, _ in TinyNet().named_children()))
+    }
+
+
+@pytest.mark.parametrize("method", [Plain(), VanillaKD()], ids=lambda m: type(m).__name__)
+def test_the_student_is_in_train_mode_at_every_step_although_it_is_evaluated_every_epoch(method):
+    scheme = make_scheme(method)
+    modes = []
+
+    def note(network, arguments):
+        modes.append((network.training, network.norm.training))
+
+    scheme.student.register_forward_pre_hook(note)
+    make_training(scheme, make_recipe(epochs=3)).run()
+    # per epoch three steps, then the test set and the held-out set
+    assert modes == ([(True, True)] * 3 + [(False, False)] * 2) * 3
+
+
+def test_trained_parameters_are_those_of_the_named_modules_in_order():
+    scheme = make_scheme(TwoPhases())
+
+    def names(*modules):
+        known = {id(parameter): name for name, parameter in scheme.named_parameters()}
+        return [known[id(parameter)] for parameter in scheme.trained_parameters(modules)]
+
+    regressor = ["adapters.regressor.weight", "adapters.regressor.bias"]
+    assert names("adapters.regressor") == regressor
+    student = [f"student.{name}" for name, _ in scheme.student.named_parameters()]
+    assert names("adapters", "student") == regressor + student
+    assert names("student", "adapters") == student + regressor
+
+
+def test_a_network_alone_is_its_own_detached_teacher():
+    spy = spying_on("logits", "maps")
+    scheme = Alone(tiny_net(0), spy)
+    terms = step(scheme, scheme.phases()[0])
+    student, teacher = spy.seen[-1]
+    assert torch.equal(student.maps[0], teacher.maps[0]) and not teacher.maps[0].requires_grad
+    assert terms["kd"].item() == 0 and scheme.deployed is scheme.student
+
+
+def test_counts_are_of_the_students_right_answers():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    correct = count_correct(View(logits), torch.tensor([1, 1, 1]))
+    assert correct.item() == 2 and not correct.requires_grad
+    scheme = make_scheme(VanillaKD())
+    phase = scheme.phases()[0]
+    scheme.set_modes(phase)
+    counts = scheme.losses(phase, scheme.turns(phase)[0], a_batch(), None).counts
+    expected = (scheme.student(a_batch().images).logits.argmax(dim=1) == a_batch().labels).sum()
+    assert list(counts) == ["correct"] and counts["correct"] == expected
+
+
+@pytest.mark.parametrize("names", [("wrn_10_0.25", "cnn_small"), ("cnn_small", "wrn_10_0.25")])
+def test_the_studys_networks_distil_into_each_other(names):
+    torch.manual_seed(0)
+    student, teacher = (build_model(name, classes=3, image_size=8).double() for name in names)
+    bank = make_bank(*pictures(12, size=(8, 8)))
+    scheme = Offline(student, teacher, SphericalKD(), next(bank.plain(2)))
+    scheme.prepare(bank.plain(5))
+    phase = scheme.phases()[0]
+    scheme.set_modes(phase)
+    terms = scheme.losses(phase, scheme.turns(phase)[0], Batch(next(bank.plain(12)), bank.labels), None).terms
+    norms = logits_of(teacher, bank).norm(dim=1)
+    # the method adds a small number under the root, these networks' logits are small
+    torch.testing.assert_close(scheme.adapters["teacher_norm"].mean, norms.mean(), rtol=1e-5, atol=0)
+    assert all(torch.isfinite(term) for term in terms.values())

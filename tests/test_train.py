@@ -1,0 +1,626 @@
+"""The loop against one written out in plain PyTorch; stops, kills and resumes; faults; no waiting in an epoch."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import (
+    CPU,
+    IMAGES,
+    PADDING,
+    Plain,
+    TwoPhases,
+    augment_slowly,
+    clone,
+    difference,
+    gpu,
+    keras_epochs,
+    make_bank,
+    make_recipe,
+    make_scheme,
+    make_training,
+    pictures,
+    run_session,
+    tiny_net,
+    tiny_teacher,
+)
+
+from kdstudy.checkpoint import BadFile, load_checkpoint, save_checkpoint
+from kdstudy.core import Phase
+from kdstudy.data import Draws
+from kdstudy.models import build_model
+from kdstudy.response import SphericalKD, VanillaKD
+from kdstudy.schemes import Alone, Losses, Offline, Scheme, Turn
+from kdstudy.study import METHODS
+from kdstudy.train import Diverged, Stopped, Training
+
+
+def literal_loss(method, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    chosen = student_logits.log_softmax(dim=1)[torch.arange(len(labels)), labels]
+    terms = {"ce": -method.ce_weight * chosen.mean()}
+    if method.kd_weight:
+        target = (teacher_logits / 4).softmax(dim=1)
+        gap = target.log() - (student_logits / 4).log_softmax(dim=1)
+        terms["kd"] = method.kd_weight * 16 * (target * gap).sum() / len(labels)
+    return terms
+
+
+def literal_accuracy(network, seed: int, count: int) -> float:
+    images, labels = pictures(count, seed=seed)
+    network.eval()
+    with torch.no_grad():
+        guesses = network(next(make_bank(images, labels).plain(count))).logits.argmax(dim=1)
+    return 100 * float(np.mean(guesses.numpy() == labels))
+
+
+def literal_run(method, recipe, student, teacher, seed: int):
+    """Training as a textbook writes it: one image at a time, a plain optimiser, the learning rate by hand."""
+    images, labels = pictures()
+    draws = Draws.make(seed=seed, stream=0, epochs=recipe.epochs, images=IMAGES, padding=PADDING, flip=True, device=CPU)
+    optimiser = torch.optim.SGD(
+        student.parameters(),
+        lr=math.nan,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        foreach=False,
+        fused=False,
+    )
+    history = []
+    for epoch in range(recipe.epochs):
+        rate = 0.2 if epoch < 2 else 0.04
+        optimiser.param_groups[0]["lr"] = rate
+        student.train()
+        sums = {"train_accuracy": 0.0}
+        for chosen in torch.arange(IMAGES).split(recipe.batch):
+            index = draws.order[epoch, chosen].long()
+            crops = [
+                augment_slowly(images[i], PADDING, shift, flip)
+                for i, shift, flip in zip(index, draws.shift[epoch, chosen], draws.flip[epoch, chosen], strict=True)
+            ]
+            batch, wanted = torch.from_numpy(np.stack(crops)), torch.from_numpy(labels)[index]
+            student_logits = student(batch).logits
+            with torch.no_grad():
+                teacher_logits = teacher(batch).logits
+            terms = literal_loss(method, student_logits, teacher_logits, wanted)
+            optimiser.zero_grad()
+            sum(terms.values()).backward()
+            optimiser.step()
+            sums["train_accuracy"] += 100 * (student_logits.argmax(dim=1) == wanted).sum().item()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.item() * len(index)
+        row = {"epoch": epoch, "learning_rate": rate}
+        row |= {name: total / IMAGES for name, total in sums.items()}
+        row |= {"test_accuracy": literal_accuracy(student, 1, 30)}
+        history.append(row | {"held_out_accuracy": literal_accuracy(student, 2, 40)})
+    return history, clone(student.state_dict()), optimiser.state_dict()["state"]
+
+
+@pytest.mark.parametrize("method", [Plain(), Plain(ce_weight=0.7), VanillaKD()], ids=repr)
+@pytest.mark.parametrize("changes", [{}, {"nesterov": True, "batch": 22}, {"weight_decay": 0.0, "batch": 7}], ids=str)
+def test_the_loop_is_a_plain_pytorch_loop(method, changes):
+    recipe = make_recipe(**changes)
+    session = run_session(make_scheme(method, seed=5), recipe, seed=9)
+    history, state, momentum = literal_run(method, recipe, tiny_net(5), tiny_teacher().eval(), seed=9)
+    for row, expected in zip(session.history, history, strict=True):
+        assert row.pop("phase") == "distil"
+        assert row == pytest.approx(expected, rel=1e-10)
+    close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+    close(session.state, {f"student.{name}": tensor for name, tensor in state.items()})
+    close(session.momentum["distil"], momentum)
+    assert state["norm.num_batches_tracked"] == 3 * math.ceil(IMAGES / recipe.batch)
+
+
+PLATEAU = {"schedule": "plateau", "epochs": 8, "factor": 0.5, "milestones": ()}
+RUNS = {
+    "cross-entropy": (Plain(), make_recipe(epochs=2), {"dropout": 0.4}),
+    "measured teacher": (SphericalKD(), make_recipe(epochs=2, nesterov=True), {"dropout": 0.4}),
+    "two phases": (TwoPhases(), make_recipe(), {"dropout": 0.4}),
+    "two phases, plateau": (TwoPhases(), make_recipe(**PLATEAU), {"dropout": 0.4}),
+    "half precision": (VanillaKD(), make_recipe(epochs=2, precision="bf16"), {"dtype": torch.float32}),
+}
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+def session_of(name: str, checkpoint: Path | None = None, **options):
+    """A session of one of the runs, with networks built anew and torch's generator wherever that left it."""
+    method, recipe, networks = RUNS[name]
+    return run_session(make_scheme(method, **networks), recipe, checkpoint, **options)
+
+
+@every_run
+def test_stopped_after_any_step_and_resumed_equals_uninterrupted(name, tmp_path):
+    whole = session_of(name)
+    assert not whole.stopped
+    for stop in range(1, whole.steps + 1):
+        checkpoint = tmp_path / f"{stop}.pt"
+        first = session_of(name, checkpoint, stop_after=stop)
+        assert first.stopped and first.steps == stop
+        second = session_of(name, checkpoint)
+        assert second.steps == whole.steps - stop
+        outcome = second.outcome | {"momentum": first.momentum | second.momentum}
+        assert difference(outcome, whole.outcome) is None, f"stopped after step {stop}"
+
+
+@every_run
+def test_stopped_after_every_step_equals_uninterrupted(name, tmp_path):
+    whole = session_of(name)
+    momentum, sessions = {}, 0
+    while True:
+        session = session_of(name, tmp_path / "checkpoint.pt", stop_after=1)
+        momentum |= session.momentum
+        if not session.stopped:
+            break
+        sessions += 1
+    assert sessions == whole.steps
+    assert difference(session.outcome | {"momentum": momentum}, whole.outcome) is None
+
+
+# a parent that has only imported forks processes that train, so that torch is not imported anew for each
+KILLED = """
+import os, signal, sys, torch, toy
+from pathlib import Path
+from test_train import RUNS
+
+folder = Path(sys.argv[1])
+method, recipe, networks = RUNS[sys.argv[2]]
+torch.set_num_threads(int(sys.argv[3]))
+torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports the rest of torch
+save = torch.save
+
+def train(where, count):
+    def die_at(place):
+        nonlocal count
+        count -= place == where
+        return place == where and count == 0
+
+    def on_step(done, text):
+        if die_at("step"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_or_die(state, path):
+        if die_at("write"):
+            Path(path).write_bytes(b"PK half a checkpoint")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, path)
+
+    torch.save = save_or_die
+    scheme = toy.make_scheme(method, **networks)
+    training = toy.make_training(
+        scheme, recipe, checkpoint=folder / "checkpoint.pt", checkpoint_seconds=0.0, on_step=on_step
+    )
+    training.run()
+    save({"history": training.history, "state": scheme.state_dict()}, folder / "outcome.pt")
+
+for where, count in (("step", 8), ("write", 7), ("nowhere", 0)):
+    child = os.fork()
+    if not child:
+        train(where, count)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(list(folder.iterdir())))
+"""
+
+
+def test_killed_in_an_epoch_and_in_a_write_equals_uninterrupted(tmp_path):
+    name = "two phases"
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), name, str(torch.get_num_threads())]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    # 19 steps, each with a checkpoint: killed in step 8, then in the write of step 14, which leaves half a file beside
+    # the checkpoint; the third process finishes
+    assert printed.split() == [str(-signal.SIGKILL), "1", str(-signal.SIGKILL), "2", "0", "3"]
+    whole = session_of(name)
+    assert whole.steps == 19
+    found = torch.load(tmp_path / "outcome.pt", weights_only=True)
+    assert difference(clone(found), {"history": whole.history, "state": whole.state}) is None
+
+
+def test_checkpoints_are_written_as_often_as_asked(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("kdstudy.train.save_checkpoint", lambda state, path: written.append(state["position"]["step"]))
+    for seconds, expected in ((1e9, []), (0.0, [1, 2, 3] * 3)):
+        written.clear()
+        checkpoint = tmp_path / "checkpoint.pt"
+        make_training(make_scheme(Plain()), make_recipe(), checkpoint=checkpoint, checkpoint_seconds=seconds).run()
+        assert written == expected
+
+
+def test_a_stop_without_a_checkpoint_path_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stopped):
+        make_training(make_scheme(Plain()), make_recipe(), should_stop=lambda: True).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_seconds_add_up_over_sessions(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    first = make_training(make_scheme(Plain()), make_recipe(), checkpoint=checkpoint, should_stop=lambda: True)
+    with pytest.raises(Stopped):
+        first.run()
+    state = load_checkpoint(checkpoint, CPU)
+    assert 0 < state["seconds"] == first.seconds < 100
+    save_checkpoint(state | {"seconds": 1000.0}, checkpoint)
+    second = make_training(make_scheme(Plain()), make_recipe(), checkpoint=checkpoint)
+    second.run()
+    assert 1000 < second.seconds < 1100
+
+
+def test_the_teacher_is_measured_once_however_often_a_run_is_resumed(tmp_path, monkeypatch):
+    measured = []
+
+    def counted(self, adapters, views, calibrate=SphericalKD.calibrate):
+        measured.append(self)
+        calibrate(self, adapters, views)
+
+    monkeypatch.setattr(SphericalKD, "calibrate", counted)
+    for stop in (1, 2, None):
+        session_of("measured teacher", tmp_path / "checkpoint.pt", stop_after=stop)
+    assert len(measured) == 1
+
+
+def test_a_checkpoint_of_another_revision_is_ignored(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = session_of("two phases")
+    session_of("two phases", checkpoint, stop_after=13)
+    monkeypatch.setattr("kdstudy.train.REVISION", -1)
+    again = session_of("two phases", checkpoint)
+    assert again.steps == whole.steps
+    assert difference(again.outcome, whole.outcome) is None
+
+
+def test_a_torn_checkpoint_stops_the_run_by_name(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    session_of("cross-entropy", checkpoint, stop_after=2)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(BadFile, match=f"checkpoint {checkpoint} cannot be read"):
+        session_of("cross-entropy", checkpoint)
+
+
+@pytest.mark.parametrize(("milestones", "factor", "epochs"), [((), 0.2, 1), ((1,), 1e250, 2)])
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_history(milestones, factor, epochs):
+    rate = 1e250 if not milestones else 0.2
+    recipe = make_recipe(learning_rate=rate, milestones=milestones, factor=factor)
+    training = make_training(make_scheme(Plain()), recipe)
+    with pytest.raises(Diverged, match=f"loss is not finite in epoch {epochs - 1} of 'distil'") as caught:
+        training.run()
+    assert [math.isfinite(row["ce"]) for row in caught.value.history] == [True] * (epochs - 1) + [False]
+    assert [row["epoch"] for row in caught.value.history] == list(range(epochs))
+
+
+def test_the_plateau_schedule_is_keras_rule_on_the_held_out_accuracy():
+    recipe = make_recipe(**PLATEAU | {"epochs": 40})
+    history = run_session(make_scheme(Plain()), recipe).history
+    rates = [row["learning_rate"] for row in history]
+    accuracies = [row["held_out_accuracy"] for row in history]
+    assert rates == keras_epochs(accuracies, 0.2, 0.5, 2, 3)
+    assert len(set(rates)) > 1 and len(rates) < 40  # it was lowered, and it stopped
+
+
+def test_the_plateau_schedule_ends_its_phase_only():
+    early = {"epochs": 40, "schedule": "plateau", "batch": 22, "learning_rate": 1e-12}
+    method = with_phase_recipe(early)
+    history = run_session(make_scheme(method), make_recipe()).history
+    # the student does not change while the regressor is trained, so the first epoch stays the best
+    assert [row["phase"] for row in history] == ["regress"] * 4 + ["distil"] * 3
+    assert [row["epoch"] for row in history] == [0, 1, 2, 3, 0, 1, 2]
+
+
+def test_each_phase_has_a_plateau_of_its_own():
+    method = with_phase_recipe({"learning_rate": 0.3, "factor": 0.1})
+    history = run_session(make_scheme(method), make_recipe(**PLATEAU | {"epochs": 40})).history
+    for phase, rate, factor in (("regress", 0.3, 0.1), ("distil", 0.2, 0.5)):
+        rows = [row for row in history if row["phase"] == phase]
+        expected = keras_epochs([row["held_out_accuracy"] for row in rows], rate, factor, 2, 3)
+        assert [row["learning_rate"] for row in rows] == expected
+
+
+def with_phase_recipe(recipe: dict) -> TwoPhases:
+    """The two phases, the first with this recipe."""
+
+    class Changed(TwoPhases):
+        def phases(self):
+            first, last = super().phases()
+            return Phase(first.name, first.objective, first.trains, recipe), last
+
+    return Changed()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 23}, "batch must be at most the 22 training images, not 23"),
+        ({"crop_padding": 2}, "crop_padding must be 1 as in the bank, not 2"),
+        ({"schedule": "plateau"}, "schedule 'plateau' needs held-out images"),
+    ],
+)
+@pytest.mark.parametrize("in_phase", [False, True], ids=["run", "phase"])
+def test_a_recipe_that_does_not_fit_the_data_is_refused_before_training(changes, message, in_phase):
+    method, changes = (with_phase_recipe(changes), {}) if in_phase else (Plain(), changes)
+    bank = make_bank(*pictures(), padding=PADDING)
+    with pytest.raises(ValueError, match=message):
+        Training(make_scheme(method), make_recipe(**changes), bank, seed=0, watch={"test": bank})
+
+
+def test_same_seed_same_result_and_another_seed_another():
+    def outcome(seed: int, drawn_before: int = 0):
+        scheme = make_scheme(VanillaKD(), dropout=0.4)
+        torch.rand(drawn_before)
+        return run_session(scheme, make_recipe(), seed=seed).outcome
+
+    assert difference(outcome(1), outcome(1, drawn_before=5)) is None
+    assert difference(outcome(1)["state"], outcome(2)["state"])
+
+
+def images_seen(method, seed: int = 3) -> list[Tensor]:
+    """What the student is shown in train mode, step by step."""
+    scheme, seen = make_scheme(method, seed=seed), []
+
+    def note(network, arguments):
+        if network.training:
+            seen.append(arguments[0].clone())
+
+    scheme.student.register_forward_pre_hook(note)
+    make_training(scheme, make_recipe(), seed=seed).run()
+    return seen
+
+
+def test_runs_of_one_seed_see_the_same_images_whatever_the_method():
+    wanted = images_seen(Plain())
+    assert len(wanted) == 9
+    for method in (VanillaKD(), SphericalKD(), TwoPhases()):
+        assert difference(images_seen(method), wanted) is None
+    assert not torch.equal(wanted[0], images_seen(Plain(), seed=4)[0])
+
+
+def test_the_last_phase_has_stream_0_and_earlier_ones_their_own():
+    scheme, seen = make_scheme(TwoPhases()), []
+    scheme.student.register_forward_pre_hook(lambda network, arguments: seen.append(arguments[0].clone()))
+    make_training(scheme, make_recipe(), seed=8).run()
+    bank = make_bank(*pictures(), padding=PADDING)
+    # the first phase's two epochs show the student five batches and two sets to be evaluated on, each
+    for stream, batch, first in ((1, 5, 0), (0, 8, 14)):
+        draws = Draws.make(seed=8, stream=stream, epochs=1, images=IMAGES, padding=PADDING, flip=True, device=CPU)
+        starts = range(0, IMAGES, batch)
+        expected = [bank.augmented(*draws.batch(0, start, min(start + batch, IMAGES))) for start in starts]
+        assert difference(seen[first : first + len(expected)], expected) is None
+
+
+def test_each_phase_changes_what_it_trains_and_nothing_else():
+    scheme = make_scheme(TwoPhases())
+    states = [("start", clone(scheme.state_dict()))]
+    make_training(
+        scheme, make_recipe(), on_step=lambda done, text: states.append((text.split()[0], clone(scheme.state_dict())))
+    ).run()
+    by_phase = {phase: [state for name, state in states if name == phase] for phase in ("start", "regress", "distil")}
+    start, regress, distil = by_phase["start"][0], by_phase["regress"], by_phase["distil"]
+    assert (len(regress), len(distil)) == (10, 9)
+
+    def changed(before, after) -> set[str]:
+        return {name for name in before if not torch.equal(before[name], after[name])}
+
+    regressor = {"adapters.regressor.weight", "adapters.regressor.bias"}
+    assert changed(start, regress[-1]) - {"adapters.spread.running_mean"} == regressor
+    assert changed(regress[-1], distil[-1]) == {name for name in start if name.startswith("student.")}
+
+
+class Peers(Scheme):
+    """Two networks that take turns, each pulled towards what the other says by then."""
+
+    names = ("left", "right")
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = tiny_net(1), tiny_net(2)
+
+    def phases(self):
+        return (Phase("mutual", self.objective, trains=self.names),)
+
+    def turns(self, phase):
+        return tuple(Turn(name, (name,)) for name in self.names)
+
+    def objective(self, own, other, labels, adapters):
+        return F.cross_entropy(own, labels) + (own - other).square().mean()
+
+    def losses(self, phase, turn, batch, half):
+        logits = {name: self.get_submodule(name)(batch.images).logits for name in self.names}
+        own, other = (logits[name] for name in sorted(self.names, key=turn.name.__ne__))
+        loss = self.objective(own, other, batch.labels, None)  # not detached: a gradient is left in the other network
+        return Losses({turn.name: loss}, {"correct": (own.argmax(dim=1) == batch.labels).sum()})
+
+    @property
+    def deployed(self):
+        return self.left
+
+
+def test_turns_are_taken_in_order_and_each_trains_its_own_modules(tmp_path):
+    recipe = make_recipe(epochs=1, milestones=())
+    session = run_session(Peers(), recipe, seed=6)
+    peers = Peers().train()
+    optimisers = {
+        name: torch.optim.SGD(peers.get_submodule(name).parameters(), 0.2, 0.9, 0, 5e-4) for name in peers.names
+    }
+    draws = Draws.make(seed=6, stream=0, epochs=1, images=IMAGES, padding=PADDING, flip=True, device=CPU)
+    bank = make_bank(*pictures(), padding=PADDING)
+    for start in range(0, IMAGES, 8):
+        index, shift, flip = draws.batch(0, start, min(start + 8, IMAGES))
+        images, labels = bank.augmented(index, shift, flip), bank.labels[index]
+        for own, optimiser in optimisers.items():
+            logits = {name: peers.get_submodule(name)(images).logits for name in peers.names}
+            (other,) = set(peers.names) - {own}
+            peers.zero_grad()
+            peers.objective(logits[own], logits[other], labels, None).backward()
+            optimiser.step()
+    torch.testing.assert_close(session.state, clone(peers.state_dict()), rtol=1e-10, atol=1e-12)
+    assert {"left", "right"} < set(session.history[0])
+    run_session(Peers(), recipe, tmp_path / "checkpoint.pt", seed=6, stop_after=2)
+    resumed = run_session(Peers(), recipe, tmp_path / "checkpoint.pt", seed=6)
+    assert difference(resumed.outcome, session.outcome) is None
+
+
+def test_progress_is_told_in_epochs_over_all_phases():
+    told = []
+    make_training(make_scheme(TwoPhases()), make_recipe(), on_step=lambda *progress: told.append(progress)).run()
+    epochs = [k / 5 for k in range(1, 11)] + [2 + k / 3 for k in range(1, 10)]
+    assert [done for done, _ in told] == pytest.approx(epochs)
+    assert (told[0][1], told[9][1], told[-1][1]) == ("regress epoch 1/2", "regress epoch 2/2", "distil epoch 3/3")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+def test_precision_is_that_of_the_training_passes_and_nothing_else(precision):
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    scheme, dtypes = make_scheme(VanillaKD(), dtype=dtype), set()
+
+    def note(module, arguments, output):
+        dtypes.add((module.training, output.dtype))
+
+    scheme.student.layer.register_forward_hook(note)
+    history = run_session(scheme, make_recipe(precision=precision)).history
+    assert dtypes == {(True, torch.bfloat16 if precision == "bf16" else dtype), (False, dtype)}
+    assert {parameter.dtype for parameter in scheme.parameters()} == {dtype}
+    exact = run_session(make_scheme(VanillaKD()), make_recipe(precision="fp64")).history
+    for term in ("ce", "kd"):
+        losses, expected = ([row[term] for row in rows] for rows in (history, exact))
+        assert losses == pytest.approx(expected, rel={"bf16": 0.05, "fp32": 1e-3, "fp64": 0.0}[precision])
+
+
+def test_the_loop_lowers_the_loss_it_is_given():
+    history = run_session(make_scheme(Plain()), make_recipe(epochs=40, milestones=(30,), batch=11)).history
+    assert history[-1]["ce"] < 0.9 * history[0]["ce"]
+
+
+class NoTraffic(TorchDispatchMode):
+    """Refuses every operation that on a GPU would make the host wait, also inside the backward pass."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "lift_fresh")
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        name = operation.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
+        )
+        if name in self.waiting or masked or (keywords or {}).get("device", CPU) != CPU:
+            raise AssertionError(f"{operation} in an epoch")
+        return operation(*arguments, **keywords or {})
+
+
+@contextmanager
+def no_traffic() -> Iterator[None]:
+    def refuse(tensor, *arguments, **keywords):
+        raise AssertionError("a tensor is read on the host in an epoch")
+
+    with pytest.MonkeyPatch.context() as patch, NoTraffic():
+        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"):
+            patch.setattr(Tensor, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        *("x.item()", "x.tolist()", "x.numpy()", "x.cpu()", "bool(x)", "float(x)", "np.asarray(x)", "x[x > 0]"),
+        *("torch.nonzero(x)", "torch.unique(x)", "torch.equal(x, x)", "x + torch.tensor(4.0)", "torch.as_tensor(4.0)"),
+        "(x * y).masked_select(x > 0)",
+    ],
+)
+def test_the_guard_refuses_what_would_wait(wait):
+    names = {"x": torch.ones(2)[0], "y": torch.ones((), requires_grad=True), "torch": torch, "np": np}
+    with pytest.raises(AssertionError, match="in an epoch"), no_traffic():
+        eval(wait, names)
+
+
+METHODS_OF_TESTS = {"two_phases": TwoPhases, "plain": Plain}
+
+
+def studys_scheme(key: str, device=CPU):
+    """A method of the study on two of its networks, on 8 x 8 images."""
+    torch.manual_seed(0)
+    networks = [build_model(name, classes=3, image_size=8).to(device) for name in ("wrn_10_0.25", "cnn_small")]
+    method = (METHODS | METHODS_OF_TESTS)[key]()
+    if not method.needs_teacher:
+        return Alone(networks[0], method)
+    sample = next(make_bank(*pictures(size=(8, 8)), dtype=torch.float32, device=device).plain(2))
+    return Offline(*networks, method, sample)
+
+
+@pytest.mark.parametrize("key", METHODS | METHODS_OF_TESTS)
+def test_nothing_in_an_epoch_waits_for_the_device(key, monkeypatch):
+    epochs = []
+
+    def guarded(self, *arguments, run_epoch=Training._run_epoch):
+        with no_traffic():
+            run_epoch(self, *arguments)
+        epochs.append(self.position.epoch)
+
+    monkeypatch.setattr(Training, "_run_epoch", guarded)
+    training = make_training(studys_scheme(key), make_recipe(precision="bf16", epochs=1, milestones=()))
+    training.run()
+    assert len(epochs) == len(training.history)
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("key", METHODS | METHODS_OF_TESTS)
+def test_nothing_in_an_epoch_waits_for_the_gpu(key, monkeypatch):
+    cuda = torch.device("cuda")
+
+    def guarded(self, *arguments, run_epoch=Training._run_epoch):
+        # the first epoch may: libraries load their kernels
+        torch.cuda.set_sync_debug_mode("error" if self.position.epoch else "default")
+        try:
+            run_epoch(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Training, "_run_epoch", guarded)
+    scheme = studys_scheme(key, cuda)
+    history = make_training(scheme, make_recipe(precision="bf16"), device=cuda).run()
+    assert all(math.isfinite(value) for row in history for value in row.values() if not isinstance(value, str))
+
+
+@gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp64", 1e-9)])
+@pytest.mark.parametrize("method", [Plain(), VanillaKD(), TwoPhases()], ids=lambda m: type(m).__name__)
+def test_the_loop_on_a_gpu_is_that_on_the_cpu(method, precision, tolerance):
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
+    sessions = []
+    with torch.backends.cudnn.flags(enabled=False):  # its convolutions may round to TF32
+        for device in (CPU, torch.device("cuda")):
+            scheme = make_scheme(method, dtype=dtype, device=device)
+            sessions.append(run_session(scheme, make_recipe(precision=precision), device=device))
+    for row, other in zip(*(session.history for session in sessions), strict=True):
+        for term in {"ce", "kd", "regress"} & set(row):
+            assert row[term] == pytest.approx(other[term], rel=tolerance)
+    torch.testing.assert_close(*(session.state for session in sessions), rtol=tolerance, atol=tolerance)
+
+
+@gpu
+@pytest.mark.parametrize("name", ["cross-entropy", "two phases"])
+def test_stopped_and_resumed_on_a_gpu_equals_uninterrupted(name, tmp_path):
+    method, recipe, networks = RUNS[name]
+    cuda = torch.device("cuda")
+
+    def session(*arguments, **options):
+        scheme = make_scheme(method, device=cuda, **networks)
+        return run_session(scheme, recipe, *arguments, device=cuda, **options)
+
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        whole = session()
+        for stop in (1, 3, whole.steps - 1):
+            checkpoint = tmp_path / f"{stop}.pt"
+            first = session(checkpoint, stop_after=stop)
+            second = session(checkpoint)
+            outcome = second.outcome | {"momentum": first.momentum | second.momentum}
+            assert difference(outcome, whole.outcome) is None
