@@ -1,0 +1,389 @@
+"""Every figure of the study, each a function from plain data to a matplotlib `Figure`; nothing else draws."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import Image
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from kdstudy.answers import Sample, Target
+from kdstudy.files import atomic_write
+from kdstudy.tables import METHOD_LABELS, thesis_title
+
+DPI = 120
+WIDTH = 8.4  # inches; a README column
+INK, SOFT, GRID = "#24292f", "#8c959f", "#e6e8eb"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito's palette, apart for every kind of sight
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure is the same on every machine
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": SOFT,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+styled = matplotlib.style.context(["default", STYLE])  # whatever the session or a matplotlibrc say
+MANY_CLASSES = 20  # from here on, classes are no longer named one by one
+SIGNIFICANT = 0.05
+
+
+@styled  # some texts are made only when they are drawn
+def show(figure: Figure, path: Path) -> Image:
+    """Write the figure to `path` (.png, atomically) and return the same bytes for a notebook.
+
+    Equal data give equal bytes: nothing of the time, the machine or the library's version is in them.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return Image(data=buffer.getvalue(), format="png", width=round(96 * figure.get_figwidth()))
+
+
+def folder(profile: str, name: str) -> Path:
+    """The folder for a stage's figures, made if need be: it is there even if it stays empty."""
+    path = Path("reports", profile, "figures", name)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def label(key: str) -> str:
+    """The printed name of a row; a row that is not known is its own."""
+    return METHOD_LABELS.get(key, key)
+
+
+@styled
+def image_grid(images: np.ndarray, captions: Sequence[str], columns: int = 10) -> Figure:
+    """Images (N, H, W, C) uint8 with 1, 3 or 4 channels, row by row, each under its caption."""
+    rows = math.ceil(len(images) / columns)
+    size = WIDTH / columns
+    figure = _figure(height=rows * (size + 0.16))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, caption in zip(axes.flat, images, captions, strict=False):
+        _draw_image(ax, image)
+        ax.set_title(caption, fontsize=8, loc="center", pad=3)
+    return figure
+
+
+def _draw_image(ax: Axes, image: np.ndarray) -> None:
+    # two channels are no picture that one could look at: the first is shown
+    ax.imshow(image if image.shape[2] in (3, 4) else image[..., 0], cmap="gray", vmin=0, vmax=255)
+    ax.axis("off")
+
+
+@styled
+def learning_curves(histories: pd.DataFrame) -> Figure:
+    """Accuracy (percent) on training and test images and learning rate by epoch: one line for each final run."""
+    runs = _final_runs(histories)
+    figure = _figure(height=3.6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for run in runs:
+        epochs = np.arange(1, len(run) + 1)
+        top.plot(epochs, run.train_accuracy, color=ORANGE, lw=0.9, alpha=0.8)
+        top.plot(epochs, run.test_accuracy, color=BLUE, lw=0.9, alpha=0.8)
+        bottom.step(epochs, run.learning_rate, color=INK, lw=1, where="mid")
+    top.set_ylabel("accuracy (%)")
+    top.set_ylim(*_accuracy_limits(runs))
+    top.set_title(f"training images as augmented, test images as they are; {len(runs)} seeds")
+    _name_lines(top, runs, {"train_accuracy": ("training", ORANGE), "test_accuracy": ("test", BLUE)})
+    bottom.set(yscale="log", ylabel="learning rate", xlabel="epoch")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in (top, bottom):
+        ax.grid(axis="y")
+    return figure
+
+
+def _name_lines(ax: Axes, runs: Sequence[pd.DataFrame], names: Mapping[str, tuple[str, str]]) -> None:
+    """Put a name at the end of each bundle of lines, the upper one above its end and the lower one below."""
+    if not runs:
+        return
+    end = max(len(run) for run in runs)
+    heights = {column: float(np.mean([run[column].iloc[-1] for run in runs])) for column in names}
+    for rank, column in enumerate(sorted(names, key=heights.__getitem__)):
+        text, color = names[column]
+        place = {"xytext": (5, 5 if rank else -5), "textcoords": "offset points", "va": "center"}
+        ax.annotate(text, (end, heights[column]), color=color, annotation_clip=False, **place)
+
+
+def _final_runs(histories: pd.DataFrame) -> list[pd.DataFrame]:
+    if histories.empty:
+        return []
+    final = histories[histories.purpose == "final"]
+    return [run for _, run in final.groupby("run", sort=False)]
+
+
+def _accuracy_limits(runs: Sequence[pd.DataFrame]) -> tuple[float, float]:
+    """Limits that leave the lowest 30 % of the test accuracies out, so that the differences at the end can be seen."""
+    if not runs:
+        return 0.0, 100.0
+    epochs = pd.concat(runs)
+    low, high = epochs.test_accuracy.quantile(0.3), epochs[["train_accuracy", "test_accuracy"]].max().max()
+    margin = 0.05 * (high - low) + 0.2
+    return max(0.0, low - margin), high + margin
+
+
+@styled
+def softened(matrices: Mapping[float, np.ndarray], class_names: Sequence[str]) -> Figure:
+    """Mean probabilities (K, K) by temperature: row = true class, column = the class that is given the probability."""
+    figure = _figure(height=WIDTH / len(matrices))
+    axes = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
+    named = len(class_names) <= MANY_CLASSES
+    for ax, (temperature, matrix) in zip(axes, matrices.items(), strict=True):
+        # the root spreads the small probabilities, which are the point
+        norm = PowerNorm(0.5, vmin=0, vmax=1)
+        numbers = {"annot": _short(matrix), "fmt": "", "annot_kws": {"size": 6.5}} if len(class_names) <= 12 else {}
+        ticks = {"xticklabels": class_names, "yticklabels": class_names} if named else _sparse_ticks(class_names)
+        sns.heatmap(matrix, ax=ax, norm=norm, cmap="Blues", square=True, cbar=False, **numbers, **ticks)
+        ax.set_title(f"T = {temperature:g}: mean probability (%)")
+        ax.set_xlabel("class that is given the probability")
+        ax.tick_params(length=0)
+        ax.tick_params(axis="y", rotation=0)
+        ax.tick_params(axis="x", rotation=90 if named and max(map(len, class_names)) > 2 else 0)
+    axes[0].set_ylabel("true class")
+    return figure
+
+
+def _sparse_ticks(class_names: Sequence[str]) -> dict[str, int]:
+    step = math.ceil(len(class_names) / 10)
+    return {"xticklabels": step, "yticklabels": step}
+
+
+def _short(matrix: np.ndarray) -> np.ndarray:
+    """Probabilities in percent, "" below half of one."""
+    return np.array([[f"{100 * p:.0f}" if p >= 0.005 else "" for p in row] for row in matrix])
+
+
+@styled
+def target_edits(sample: Sample, targets: Mapping[str, Target]) -> Figure:
+    """One image's target before (grey) and after (colour) the edit of each row in `targets`.
+
+    Classes stand in their order; with more than 20 of them in that of the first target, the highest first.
+    """
+    columns = 3
+    rows = math.ceil((len(targets) + 1) / columns)
+    figure = _figure(height=0.3 + 1.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(targets) + 1 :]:
+        ax.axis("off")
+    figure.suptitle(sample.title, x=0.01, ha="left", fontsize=9)
+    _picture_panel(axes[0], sample.image)
+    limits = _shared_limits(targets)
+    for ax, (row, (before, after, unit)) in zip(axes[1:], targets.items(), strict=False):
+        _edit_panel(ax, before, after, sample.label, sample.class_names)
+        ax.set_title(label(row) + (" (unchanged)" if np.allclose(before, after) else ""), fontsize=8.5)
+        ax.set_ylabel(unit, fontsize=8)
+        ax.set_ylim(*limits[unit])
+    return figure
+
+
+def _picture_panel(ax: Axes, image: np.ndarray | None) -> None:
+    ax.axis("off")
+    if image is not None:
+        _draw_image(ax.inset_axes((0.45, 0, 0.55, 1)), image)
+    notes = [("before the edit", SOFT), ("after it", BLUE), ("after it, label", ORANGE)]
+    for line, (text, color) in enumerate(notes):
+        ax.text(0, 1 - 0.13 * line, text, color=color, fontsize=8, transform=ax.transAxes, va="top")
+
+
+def _shared_limits(targets: Mapping[str, Target]) -> dict[str, tuple[float, float]]:
+    limits = {}
+    for unit in {unit for *_, unit in targets.values()}:
+        values = np.concatenate([np.concatenate(pair) for *pair, other in targets.values() if other == unit])
+        margin = 0.08 * (np.ptp(values) or 1.0)
+        limits[unit] = (values.min() - margin, values.max() + margin)
+    return limits
+
+
+def _edit_panel(ax: Axes, before: np.ndarray, after: np.ndarray, true_class: int, class_names: Sequence[str]) -> None:
+    named = len(class_names) <= MANY_CLASSES
+    order = np.arange(len(before)) if named else np.argsort(-before, kind="stable")
+    place = np.argsort(order)
+    changed = ~np.isclose(before, after)
+    size = 22 if named else 6
+    ax.axhline(0, color=GRID, lw=0.8, zorder=0)
+    ax.vlines(place[changed], before[changed], after[changed], color=BLUE, lw=1.2, alpha=0.5)
+    ax.scatter(place, before, s=size, facecolor="white", edgecolor=SOFT, lw=1)
+    colors = [ORANGE if c == true_class else BLUE for c in np.flatnonzero(changed)]
+    ax.scatter(place[changed], after[changed], s=size, color=colors, zorder=3)
+    ax.tick_params(length=2)
+    if named:
+        long_names = max(map(len, class_names)) > 2
+        ax.set_xticks(place, class_names, rotation=90 if long_names else 0, fontsize=7)
+        ax.get_xticklabels()[true_class].set_color(ORANGE)
+    else:
+        ax.set_xticks([place[true_class]], [class_names[true_class]], color=ORANGE, fontsize=7)
+
+
+@styled
+def forest(table: pd.DataFrame) -> Figure:
+    """Paired differences to vanilla KD in points, with 95 % intervals, from `tables.comparison_table`.
+
+    Filled and coloured where Holm's p is below 0.05. What reaches beyond the axis ends in an arrow; its numbers are
+    printed beside it.
+    """
+    rows = table[table.difference_to_kd.notna()].reset_index(drop=True)
+    figure = _figure(height=0.75 + 0.27 * len(rows))
+    ax = figure.subplots()
+    if rows.empty:
+        ax.axis("off")
+        ax.text(0, 0.5, "No method has runs to compare with those of vanilla KD.", color=SOFT)
+        return figure
+    ax.axvline(0, color=INK, lw=0.8)
+    limits = _forest_limits(rows)
+    for place, row in enumerate(rows.itertuples()):
+        color = SOFT if not row.p_holm < SIGNIFICANT else BLUE if row.difference_to_kd > 0 else ORANGE
+        _interval(ax, place, row.difference_to_kd, row.difference_low, row.difference_high, limits, color)
+        ax.text(1.02, place, _forest_text(row), transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), [f"{label(row.method)}  (n = {row.pairs})" for row in rows.itertuples()])
+    ax.set_ylim(len(rows) - 0.5, -0.6)
+    ax.text(1.02, -0.9, "points [95 % interval]  p (Holm)", transform=ax.get_yaxis_transform(), fontsize=8, color=SOFT)
+    ax.text(0, -0.9, "vanilla KD", ha="center", fontsize=8)
+    ax.set_xlim(*limits)
+    ax.set_xlabel("test accuracy, paired difference to vanilla KD (points, 95 % interval)")
+    ax.grid(axis="x")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return figure
+
+
+def _forest_text(row) -> str:
+    text = f"{row.difference_to_kd:+.2f}"
+    if not np.isnan(row.difference_low):
+        text += f" [{row.difference_low:+.2f}, {row.difference_high:+.2f}]"
+    return (text + ("" if np.isnan(row.p_holm) else f"  {row.p_holm:.2g}")).replace("-", "\N{MINUS SIGN}")
+
+
+def _forest_limits(rows: pd.DataFrame) -> tuple[float, float]:
+    """Limits with 0 between them that hold all intervals, but for those three times as far off as most."""
+    reach = rows[["difference_to_kd", "difference_low", "difference_high"]]
+    far = 3 * float(reach.abs().max(axis=1).median())
+    low, high = max(float(reach.min().min()), -far), min(float(reach.max().max()), far)
+    margin = max(0.04 * (max(high, 0) - min(low, 0)), 0.1)
+    return min(low, 0.0) - margin, max(high, 0.0) + margin
+
+
+def _interval(
+    ax: Axes, place: float, mean: float, low: float, high: float, limits: tuple[float, float], color: str
+) -> None:
+    """A dot with its interval, cut at the axis' limits, where arrows say that it goes on."""
+    left, right = limits
+    if not np.isnan(low):
+        ax.plot([max(low, left), min(high, right)], [place, place], color=color, lw=1.6, solid_capstyle="butt")
+    if left <= mean <= right:
+        ax.plot(mean, place, "o", color=color, ms=5)
+    ends = np.nan_to_num([mean, low, high], nan=mean)
+    for edge, marker, beyond in ((left, "<", ends.min() < left), (right, ">", ends.max() > right)):
+        if beyond:
+            ax.plot(edge, place, marker, color=color, ms=5, clip_on=False)
+
+
+@styled
+def method_curves(histories: pd.DataFrame) -> Figure:
+    """Test accuracy (percent) by epoch: a panel per method and a line per final run, in blue.
+
+    Behind them in grey, in every panel, the means of the CE student (dashed) and of vanilla KD.
+    """
+    runs = _final_runs(histories)
+    methods = list(dict.fromkeys(run.method.iloc[0] for run in runs))
+    columns = 4
+    rows = max(math.ceil(len(methods) / columns), 1)
+    figure = _figure(height=0.4 + 1.45 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    means = [_mean_curve([run for run in runs if run.method.iloc[0] == key]) for key in ("ce", "kd")]
+    for ax, method in zip(axes, methods, strict=False):
+        for mean, line in zip(means, ("--", "-"), strict=True):
+            ax.plot(mean.index, mean, color=SOFT, lw=0.9, ls=line)
+        for run in (run for run in runs if run.method.iloc[0] == method):
+            ax.plot(np.arange(1, len(run) + 1), run.test_accuracy, color=BLUE, lw=0.8, alpha=0.8)
+        ax.set_title(label(method))
+        ax.grid(axis="y")
+    for ax in axes[len(methods) :]:
+        ax.axis("off")
+    axes[0].set_ylim(*_accuracy_limits(runs))
+    axes[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("test accuracy (%)", fontsize=9)
+    return figure
+
+
+def _mean_curve(runs: Sequence[pd.DataFrame]) -> pd.Series:
+    if not runs:
+        return pd.Series(dtype=float)
+    curves = [run.test_accuracy.set_axis(range(1, len(run) + 1)) for run in runs]
+    return pd.concat(curves, axis=1).mean(axis=1)
+
+
+@styled
+def published_and_ours(table: pd.DataFrame, title: str) -> Figure:
+    """Published accuracy (diamond) and ours (dot with 95 % interval) by method, from `tables.thesis_table`.
+
+    A collapse lies beyond the axis: an arrow at its edge points there.
+    """
+    figure = _figure(height=0.85 + 0.27 * len(table))
+    ax = figure.subplots()
+    limits = _accuracy_window(table)
+    for place, row in enumerate(table.itertuples()):
+        shown = min(max(row.published, limits[0]), limits[1])
+        marker = "D" if shown == row.published else "<" if shown > row.published else ">"
+        ax.plot(shown, place, marker, mfc="white", mec=ORANGE, ms=5, zorder=3, clip_on=False)
+        if row.n:
+            _interval(ax, place, row.ours, row.ci_low, row.ci_high, limits, BLUE)
+        text = f"{row.published:.2f}"
+        ax.text(1.02, place, text, color=ORANGE, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        ours = f"{row.ours:.2f}  (n = {row.n})" if row.n else "diverged" if row.diverged else "not run"
+        ax.text(1.11, place, ours, color=BLUE, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+    ax.text(1.02, -0.9, "published", color=ORANGE, transform=ax.get_yaxis_transform(), fontsize=8)
+    ax.text(1.14, -0.9, "ours", color=BLUE, transform=ax.get_yaxis_transform(), fontsize=8)
+    ax.set_yticks(range(len(table)), [label(method) for method in table.method])
+    ax.set_ylim(len(table) - 0.5, -0.6)
+    ax.set_xlim(*limits)
+    ax.set_xlabel("test accuracy (%)")
+    ax.set_title(title)
+    ax.grid(axis="x")
+    ax.tick_params(axis="y", length=0, pad=8)  # room for an arrow at the edge
+    return figure
+
+
+def _accuracy_window(table: pd.DataFrame) -> tuple[float, float]:
+    """Limits around the bulk of the accuracies and their intervals."""
+    values = pd.concat([table.published, table.ours, table.ci_low, table.ci_high]).dropna().astype(float)
+    near = values[(values - values.median()).abs() <= 10]
+    margin = max(0.06 * float(np.ptp(near)), 0.3)
+    return float(near.min()) - margin, float(near.max()) + margin
+
+
+def show_forests(tables: Mapping[str, pd.DataFrame], folder: Path) -> list[Image]:
+    """`forest` of every setting's comparison table, as comparison_<setting>.png."""
+    return [show(forest(table), folder / f"comparison_{setting}.png") for setting, table in tables.items()]
+
+
+def show_thesis_tables(tables: Mapping[int, pd.DataFrame], folder: Path) -> list[Image]:
+    """`published_and_ours` of thesis tables by number, as thesis_table_<n>.png."""
+    return [
+        show(published_and_ours(table, thesis_title(number)), folder / f"thesis_table_{number}.png")
+        for number, table in tables.items()
+    ]

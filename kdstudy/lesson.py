@@ -1,0 +1,233 @@
+"""What the notebooks show beside figures and readings: source code, small tables, images as the loop sees them."""
+
+import inspect
+import tempfile
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Markdown
+from torch import Tensor
+
+from kdstudy.answers import Sample, edited
+from kdstudy.core import Method, View
+from kdstudy.data import Draws, ImageBank
+from kdstudy.image_set import ImageSet, holdout_split
+from kdstudy.models import build_model, count_parameters
+from kdstudy.recipe import Recipe
+from kdstudy.study import METHODS, Planner
+from kdstudy.tables import (
+    METHOD_LABELS,
+    comparison_table,
+    published_results,
+    thesis_table,
+    thesis_title,
+    tuning_table,
+    write_table,
+)
+
+DIFFERENCES = "Differs from the printed text"
+
+
+def source(*things: Any) -> Markdown:
+    """The code of functions, methods or classes, as it stands in the package, highlighted."""
+    code = "\n\n\n".join(textwrap.dedent(inspect.getsource(thing)).rstrip() for thing in things)
+    return Markdown(f"```python\n{code}\n```")
+
+
+def differences(*things: Any) -> Markdown:
+    """The lists "Differs from the printed text" of the docstrings of classes or modules, each under its name.
+
+    Raises ValueError for a docstring without such a list.
+    """
+    return Markdown("\n\n".join(f"**{_name(thing)}**\n\n{_differences(thing)}" for thing in things))
+
+
+def _differences(thing: Any) -> str:
+    _, found, rest = inspect.getdoc(thing).partition(DIFFERENCES)
+    if not found:
+        raise ValueError(f"the docstring of {thing.__name__} has no list {DIFFERENCES!r}")
+    return rest.split("\n\n")[1]
+
+
+def _name(thing: Any) -> str:
+    keys = {cls: key for key, cls in METHODS.items()}
+    return METHOD_LABELS.get(keys.get(thing, ""), "All edits of the target")
+
+
+def table(frame: pd.DataFrame, caption: str = "", floatfmt: str | Sequence[str] = ".2f") -> Markdown:
+    """A frame as a Markdown table, numbers to the right and in one format, or one for each column."""
+    text = frame.to_markdown(index=False, floatfmt=floatfmt)
+    return Markdown(f"**{caption}**\n\n{text}" if caption else text)
+
+
+def results_table(frame: pd.DataFrame, caption: str) -> Markdown:
+    """A table of `kdstudy.tables` in its printed form, without columns that say the same of every row of one stage."""
+    if frame.empty:
+        return Markdown(f"**{caption}**: no runs.")
+    frame = frame.drop(columns=["stage", "scheme", "pairs"], errors="ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        write_table(frame, Path(folder) / "table", caption)
+        return Markdown((Path(folder) / "table.md").read_text(encoding="utf-8"))
+
+
+def parts_table(images: ImageSet, held_out: int) -> Markdown:
+    """How many images each part of a data set has, and how many of a class."""
+    parts = {"training": images.y_train, "test": images.y_test}
+    if held_out:
+        train, kept = holdout_split(images.y_train, held_out)
+        parts |= {"training, held out": images.y_train[kept], "training, the rest": images.y_train[train]}
+    rows = [(part, len(labels), _per_class(labels, images.classes)) for part, labels in parts.items()]
+    return table(pd.DataFrame(rows, columns=["part", "images", "of each class"]))
+
+
+def _per_class(labels: np.ndarray, classes: int) -> str:
+    counts = np.bincount(labels, minlength=classes)
+    return f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+
+
+def samples(images: ImageSet, columns: int = 10, rows: int = 2) -> tuple[np.ndarray, list[str]]:
+    """The first `rows` training images of up to `columns` classes, spread evenly over all, and their classes' names."""
+    classes = np.unique(np.linspace(0, images.classes - 1, columns).round().astype(int))
+    firsts = {c: np.flatnonzero(images.y_train == c)[:rows] for c in classes}
+    picked = [(firsts[c][row], c) for row in range(rows) for c in classes if row < len(firsts[c])]
+    return images.x_train[[index for index, _ in picked]], [images.class_names[c] for _, c in picked]
+
+
+def crops(images: ImageSet, recipe: Recipe, seed: int, image: int = 0, epochs: int = 10) -> np.ndarray:
+    """One training image (epochs, H, W, C) uint8 as the loop shows it in the first epochs of a run of this seed."""
+    black, white = np.zeros(images.channels), np.ones(images.channels)
+    here, padding = torch.device("cpu"), recipe.crop_padding
+    bank = ImageBank(
+        images.x_train, images.y_train, mean=black, std=white, padding=padding, device=here, dtype=torch.float32
+    )
+    draws = Draws.make(
+        seed=seed, stream=0, epochs=epochs, images=len(bank), padding=padding, flip=recipe.flip, device=here
+    )
+    at = torch.arange(epochs), (draws.order == image).long().argmax(dim=1)
+    views = bank.augmented(draws.order[at].long(), draws.shift[at].long(), draws.flip[at])
+    return views.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+
+
+def taps_table(network: str, images: ImageSet) -> Markdown:
+    """What a network of this name shows for 2 images: every tap of its `View`, with its shape."""
+    module = build_model(
+        network, classes=images.classes, channels=images.channels, image_size=images.image_size[0]
+    ).eval()
+    with torch.no_grad():
+        view = module(torch.zeros(2, images.channels, *images.image_size))
+    rows = [(name, _shape(getattr(view, name))) for name in View._fields if _shape(getattr(view, name))]
+    return table(pd.DataFrame(rows, columns=["tap", "shape"]), f"{network}: {count_parameters(module):,} parameters")
+
+
+def _shape(tap: Any) -> str:
+    if isinstance(tap, Tensor):
+        return " x ".join(map(str, tap.shape))
+    return ", ".join(map(_shape, tap or ()))
+
+
+def recipe_table(recipe: Recipe) -> Markdown:
+    """Every field of the recipe."""
+    rows = [(field.name.replace("_", " "), _shown(getattr(recipe, field.name))) for field in fields(recipe)]
+    return table(pd.DataFrame(rows, columns=["recipe", "value"]))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def rows_table(planner: Planner, setting: str, stage: str) -> Markdown:
+    """The rows that a stage trains for a setting: name, class, hyperparameters of params.yaml, cells of its grid."""
+    rows = [_row(planner, setting, stage, row) for row in planner.rows(setting, stage)]
+    return table(pd.DataFrame(rows, columns=["row", "called", "class", "hyperparameters", "grid cells"]))
+
+
+def _row(planner: Planner, setting: str, stage: str, row: str) -> tuple[str, ...]:
+    spec = planner.final(setting, stage, row, {})[0]
+    values = ", ".join(f"{name} {_shown(value)}" for name, value in spec.hyperparameters)
+    cells = len(planner.tuning(setting, stage, row))
+    return f"`{row}`", METHOD_LABELS.get(row, row), f"`{METHODS[spec.method].__name__}`", values, str(cells or "")
+
+
+def editing_methods(planner: Planner, setting: str, stage: str) -> dict[str, Method]:
+    """The rows of a stage that edit the teacher's target, with the numbers of params.yaml."""
+    methods = {row: planner.final(setting, stage, row, {})[0].build_method() for row in planner.rows(setting, stage)}
+    return {row: method for row, method in methods.items() if hasattr(method, "target")}
+
+
+def edits_table(sample: Sample, methods: Mapping[str, Method]) -> Markdown:
+    """The targets of `answers.edited` in numbers, each unedited one above those of the methods that share it."""
+    rows: dict[str, tuple] = {}
+    for row, target in edited(sample, methods).items():
+        rows.setdefault(target.unit, (f"*unedited {target.unit}*", *target.before))
+        rows[row] = (METHOD_LABELS.get(row, row), *target.after)
+    heads = [f"class {name}" + (" (label)" if c == sample.label else "") for c, name in enumerate(sample.class_names)]
+    return table(pd.DataFrame(rows.values(), columns=["target", *heads]), sample.title)
+
+
+def kd_temperature(planner: Planner, setting: str) -> float:
+    """The temperature of vanilla KD in params.yaml, or the class's default if the setting has no such row."""
+    rows = planner.rows(setting, "response")
+    method = planner.final(setting, "response", "kd", {})[0].build_method() if "kd" in rows else METHODS["kd"]()
+    return method.temperature
+
+
+def scores_table(results: pd.DataFrame) -> Markdown:
+    """Every run of rows of results.csv, and the mean of the final ones."""
+    scores = ["test_accuracy", "nll", "ece"]
+    final, tuning = results[results.purpose == "final"], results[results.purpose == "tuning"]
+    rows = [(f"seed {run.seed}", *run[scores]) for _, run in final.iterrows()]
+    rows.append((f"mean (n = {final.test_accuracy.count()})", *final[scores].astype(float).mean()))
+    rows += [(f"for tuning, seed {run.seed}", *run[scores]) for _, run in tuning.iterrows()]
+    heads = ["run", "test accuracy (%)", "NLL (nats)", "ECE (%)"]
+    return table(pd.DataFrame(rows, columns=heads), floatfmt=("", ".2f", ".4f", ".2f"))
+
+
+def folder(profile: str) -> Path:
+    """The folder for a profile's tables, made if need be: it is there even if it stays empty."""
+    path = Path("reports", profile, "tables")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_thesis_tables(results: pd.DataFrame, planner: Planner, profile: str, folder: Path) -> dict[int, pd.DataFrame]:
+    """Write and return, by number, the thesis's tables whose setting belongs to the profile: thesis_table_<n>.*."""
+    published, settings = published_results(), planner.params.settings_of(profile)
+    numbers = published.table[published.setting.isin(settings)].unique()
+    tables = {int(number): thesis_table(number, results) for number in numbers}
+    for number, frame in tables.items():
+        write_table(frame, folder / f"thesis_table_{number}", thesis_title(number))
+    return tables
+
+
+def write_comparisons(results: pd.DataFrame, folder: Path) -> dict[str, pd.DataFrame]:
+    """Write and return, by setting, the comparisons of the settings that have students: comparison_<setting>.*."""
+    students = results[results.stage != "teacher"]
+    tables = {setting: comparison_table(results, setting) for setting in students.setting.unique()}
+    for setting, frame in tables.items():
+        write_table(frame, folder / f"comparison_{setting}", f"Students on {setting}")
+    return tables
+
+
+def write_tunings(results: pd.DataFrame, folder: Path) -> dict[str, pd.DataFrame]:
+    """Write and return, by setting, the grids of the settings that have run cells of one: tuning_<setting>.*."""
+    cells = results[(results.stage != "teacher") & (results.purpose == "tuning")]
+    tables = {setting: tuning_table(results, setting) for setting in cells.setting.unique()}
+    for setting, frame in tables.items():
+        write_table(frame, folder / f"tuning_{setting}", f"Grid cells on {setting}")
+    return tables
+
+
+def written(folder: Path, kind: str, keys: Iterable[str | int], otherwise: str) -> Markdown:
+    """The tables <kind>_<key>.md of a folder one below the other, or the sentence `otherwise` without a key."""
+    texts = [(folder / f"{kind}_{key}.md").read_text(encoding="utf-8") for key in keys]
+    return Markdown("\n\n".join(texts) or otherwise)
