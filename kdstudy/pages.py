@@ -10,12 +10,16 @@ from kdstudy.report import build_report
 
 REPORTS = Path("reports")
 TITLES = {"quick": "kdstudy: the quick profile", "thesis": "kdstudy: the tables of the thesis, run anew"}
+QUICK = """> This profile trains tiny networks on scikit-learn's digits. It proves that the machinery works from data to
+> table; its numbers say nothing about the methods."""
+FULL = """Published numbers stand beside ours: the mean over seeds of the last epoch's test accuracy, with its 95 %
+interval. "not run" means that no such run is on record."""
 README = Path("README.md")
 PICTURE = Path("docs/quick.png")
 
 
 def report_profile(profile: str) -> Path:
-    """Join the executed notebooks of a profile, stage by stage, into reports/<profile>/report.html, and return its path.
+    """Join the executed notebooks of a profile, stage by stage, into reports/<profile>/report.html; return its path.
 
     Raises ValueError for an unknown profile or one without executed notebooks.
     """
@@ -40,16 +44,9 @@ def _place(path: Path, settings: list[str]) -> tuple[int, int]:
 
 def _summary(folder: Path, profile: str) -> str:
     """Markdown: what the profile is, then the tables that the study is made for."""
-    opening = (
-        "> This profile trains tiny networks on scikit-learn's digits. It proves that the machinery works from data to "
-        "table; its numbers say nothing about the methods."
-        if profile == "quick"
-        else "Published numbers stand beside ours: the mean over seeds of the last epoch's test accuracy, with its 95 % "
-        'interval. "not run" means that no such run is on record.'
-    )
     written = folder / "tables"
     tables = sorted(written.glob("thesis_table_*.md")) or sorted(written.glob("comparison_*.md"))
-    return "\n\n".join([opening, *(path.read_text(encoding="utf-8") for path in tables)])
+    return "\n\n".join([QUICK if profile == "quick" else FULL, *(path.read_text(encoding="utf-8") for path in tables)])
 
 
 def update_readme(setting: str = "digits") -> None:
@@ -58,7 +55,7 @@ def update_readme(setting: str = "digits") -> None:
     Raises ValueError if the markers are gone, FileNotFoundError if the quick profile has not been run.
     """
     table = (REPORTS / "quick" / "tables" / f"comparison_{setting}.md").read_text(encoding="utf-8")
-    shutil.copyfile(REPORTS / "quick" / "figures" / f"response_{setting}" / "comparison.png", PICTURE)
+    shutil.copyfile(REPORTS / "quick" / "figures" / "tables" / f"comparison_{setting}.png", PICTURE)
     text, count = re.subn(
         r"(<!-- quick table -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{table}{match[2]}",
