@@ -30,14 +30,22 @@ DATA_FOLDER = Path("data")
 
 
 def open_ledger(overrides: Sequence[str] = (), store: Store | None = None) -> Ledger:
-    """The study of params.yaml in the current folder, and what its store holds; data sets must have been made.
+    """The study of params.yaml in the current folder, and what its store holds.
 
+    A data set that has not been made here goes by the checksum in the published records, so that tables can be made
+    without it; where there are none of those either, its runs are unknown, and training asks for the data.
     Raises ValueError or FileNotFoundError with what is wrong or missing.
     """
     params = load_params(PARAMS_FILE, overrides)
     check_methods(params)
-    checksums = {name: read_card(data_path(name))["checksum"] for name in params.datasets if data_path(name).exists()}
-    return Ledger(Planner(params, checksums), store or Store())
+    store = store or Store()
+    return Ledger(Planner(params, {name: _checksum(name, store) for name in params.datasets}), store)
+
+
+def _checksum(dataset: str, store: Store) -> str:
+    if data_path(dataset).exists():
+        return read_card(data_path(dataset))["checksum"]
+    return store.published_checksum(dataset) or "not made"
 
 
 def data_path(dataset: str) -> Path:
@@ -219,10 +227,12 @@ class Executor:
         record = _describe(spec, scheme, self.device, started)
         try:
             history = training.run()
+            scores = self._scores(scheme.deployed, watch, spec)
+            if not all(map(math.isfinite, scores.values())):  # the very last step can do that
+                raise Diverged("the trained network's scores are not finite", history)
         except Diverged as diverged:
             record |= {"status": "diverged", "scores": {}, "history": _without_nan(diverged.history)}
         else:
-            scores = self._scores(scheme.deployed, watch, spec)
             record |= {"status": "finished", "scores": scores, "history": history}
             save_weights(scheme.deployed, self.store.weights(spec.id))
         record |= {"seconds": round(training.seconds, 1), "finished": _now()}

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kdstudy.answers import Sample, Target
 from kdstudy.files import atomic_write
-from kdstudy.tables import METHOD_LABELS, thesis_title
+from kdstudy.tables import label, thesis_title
 
 DPI = 120
 WIDTH = 8.4  # inches; a README column
@@ -67,11 +67,6 @@ def folder(profile: str, name: str) -> Path:
 
 def _figure(height: float, width: float = WIDTH) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def label(key: str) -> str:
-    """The printed name of a row; a row that is not known is its own."""
-    return METHOD_LABELS.get(key, key)
 
 
 @styled

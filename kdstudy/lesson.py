@@ -1,7 +1,6 @@
 """What the notebooks show beside figures and readings: source code, small tables, images as the loop sees them."""
 
 import inspect
-import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -22,11 +21,12 @@ from kdstudy.models import build_model, count_parameters
 from kdstudy.recipe import Recipe
 from kdstudy.study import METHODS, Planner
 from kdstudy.tables import (
-    METHOD_LABELS,
     comparison_table,
+    label,
     published_results,
     thesis_table,
     thesis_title,
+    to_markdown,
     tuning_table,
     write_table,
 )
@@ -57,7 +57,7 @@ def _differences(thing: Any) -> str:
 
 def _name(thing: Any) -> str:
     keys = {cls: key for key, cls in METHODS.items()}
-    return METHOD_LABELS.get(keys.get(thing, ""), "All edits of the target")
+    return label(keys[thing]) if thing in keys else "All edits of the target"
 
 
 def table(frame: pd.DataFrame, caption: str = "", floatfmt: str | Sequence[str] = ".2f") -> Markdown:
@@ -67,13 +67,10 @@ def table(frame: pd.DataFrame, caption: str = "", floatfmt: str | Sequence[str] 
 
 
 def results_table(frame: pd.DataFrame, caption: str) -> Markdown:
-    """A table of `kdstudy.tables` in its printed form, without columns that say the same of every row of one stage."""
+    """A table of `kdstudy.tables` in its printed form, or the remark that it is empty."""
     if frame.empty:
         return Markdown(f"**{caption}**: no runs.")
-    frame = frame.drop(columns=["stage", "scheme", "pairs"], errors="ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        write_table(frame, Path(folder) / "table", caption)
-        return Markdown((Path(folder) / "table.md").read_text(encoding="utf-8"))
+    return Markdown(to_markdown(frame, caption))
 
 
 def parts_table(images: ImageSet, held_out: int) -> Markdown:
@@ -116,9 +113,7 @@ def crops(images: ImageSet, recipe: Recipe, seed: int, image: int = 0, epochs: i
 
 def taps_table(network: str, images: ImageSet) -> Markdown:
     """What a network of this name shows for 2 images: every tap of its `View`, with its shape."""
-    module = build_model(
-        network, classes=images.classes, channels=images.channels, image_size=images.image_size[0]
-    ).eval()
+    module = build_model(network, classes=images.classes, channels=images.channels, image_size=images.image_size).eval()
     with torch.no_grad():
         view = module(torch.zeros(2, images.channels, *images.image_size))
     rows = [(name, _shape(getattr(view, name))) for name in View._fields if _shape(getattr(view, name))]
@@ -155,7 +150,7 @@ def _row(planner: Planner, setting: str, stage: str, row: str) -> tuple[str, ...
     spec = planner.final(setting, stage, row, {})[0]
     values = ", ".join(f"{name} {_shown(value)}" for name, value in spec.hyperparameters)
     cells = len(planner.tuning(setting, stage, row))
-    return f"`{row}`", METHOD_LABELS.get(row, row), f"`{METHODS[spec.method].__name__}`", values, str(cells or "")
+    return f"`{row}`", label(row), f"`{METHODS[spec.method].__name__}`", values, str(cells or "")
 
 
 def editing_methods(planner: Planner, setting: str, stage: str) -> dict[str, Method]:
@@ -169,7 +164,7 @@ def edits_table(sample: Sample, methods: Mapping[str, Method]) -> Markdown:
     rows: dict[str, tuple] = {}
     for row, target in edited(sample, methods).items():
         rows.setdefault(target.unit, (f"*unedited {target.unit}*", *target.before))
-        rows[row] = (METHOD_LABELS.get(row, row), *target.after)
+        rows[row] = (label(row), *target.after)
     heads = [f"class {name}" + (" (label)" if c == sample.label else "") for c, name in enumerate(sample.class_names)]
     return table(pd.DataFrame(rows.values(), columns=["target", *heads]), sample.title)
 

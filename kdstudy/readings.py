@@ -9,7 +9,7 @@ from IPython.display import Markdown
 from kdstudy.answers import Answers
 from kdstudy.results import Ledger
 from kdstudy.statistics import Interval, mean_interval
-from kdstudy.tables import METHOD_LABELS, tuning_table
+from kdstudy.tables import label, tuning_table
 
 SIGNIFICANT = 0.05
 MACHINERY_PROFILE = "quick"
@@ -115,7 +115,7 @@ def _best(table: pd.DataFrame) -> str:
         return "- No student has finished."
     first = ranked.iloc[0]
     mean = _interval(Interval(first.test_accuracy, first.ci_low, first.ci_high, first.n))
-    return f"- Highest mean: {_label(first.method)}, {mean}."
+    return f"- Highest mean: {label(first.method)}, {mean}."
 
 
 def _verdicts(compared: pd.DataFrame) -> list[str]:
@@ -134,11 +134,7 @@ def _verdicts(compared: pd.DataFrame) -> list[str]:
 
 
 def _listed(rows: pd.DataFrame) -> str:
-    return ", ".join(f"{_label(row.method)} ({row.difference_to_kd:+.2f} points)" for row in rows.itertuples())
-
-
-def _label(key: str) -> str:
-    return METHOD_LABELS.get(key, key)
+    return ", ".join(f"{label(row.method)} ({row.difference_to_kd:+.2f} points)" for row in rows.itertuples())
 
 
 def optimism_reading(results: pd.DataFrame) -> Markdown:

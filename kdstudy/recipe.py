@@ -6,6 +6,7 @@ from kdstudy.core import require_at_least_zero, require_choice, require_positive
 
 PRECISIONS = ("bf16", "fp32", "fp64")
 SCHEDULES = ("step", "plateau")
+MOST_PADDING = 127  # a run's shifts, 0 to twice the padding, are drawn as bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Recipe:
             require_positive(name, getattr(self, name))
         for name in ("momentum", "weight_decay", "crop_padding"):
             require_at_least_zero(name, getattr(self, name))
+        if self.crop_padding > MOST_PADDING:
+            raise ValueError(f"crop_padding must be at most {MOST_PADDING} pixels, not {self.crop_padding}")
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("schedule", self.schedule, SCHEDULES)
         object.__setattr__(self, "milestones", tuple(self.milestones))

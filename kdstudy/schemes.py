@@ -1,6 +1,6 @@
 """Who teaches whom. A scheme owns the networks of one run; whatever plays the teacher is frozen and detached here."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Losses(NamedTuple):
     counts: Mapping[str, Tensor]  # named numbers of images, for the history; "correct" belongs to the deployed network
 
 
-class Scheme(nn.Module):
+class Scheme(nn.Module, ABC):
     """All networks of a run and the rule by which they learn.
 
     Its state dict is what a checkpoint must hold. The loop asks for phases, for the turns of a phase, and for each

@@ -57,6 +57,12 @@ class Store:
         """Where a stage publishes the record of this run."""
         return self.published / spec.profile / spec.stage / spec.setting / f"{spec.id}.json"
 
+    def published_checksum(self, dataset: str) -> str | None:
+        """The data checksum of the newest published run on a data set; None if no run on it is published."""
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.published.glob("*/*/*/*.json")]
+        found = [record for record in found if record["dataset"] == dataset]
+        return max(found, key=lambda record: record["finished"])["data_checksum"] if found else None
+
     def publish(self, specs: Iterable[RunSpec]) -> None:
         """Make the published folders of a stage hold the records of these runs and of no others."""
         wanted = {self.published_path(spec): self.record(spec) for spec in specs}

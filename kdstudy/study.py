@@ -108,7 +108,7 @@ def _changed(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Planner:
-    """Turns params.yaml into run specifications. `checksums` maps a data set's name to its checksum."""
+    """Turns params.yaml into run specifications. `checksums` maps every data set's name to its checksum."""
 
     params: Params
     checksums: Mapping[str, str]
@@ -158,7 +158,7 @@ class Planner:
             purpose=purpose,
             row=row,
             dataset=setting.dataset,
-            data_checksum=self._checksum(setting.dataset),
+            data_checksum=self.checksums[setting.dataset],
             held_out=self._held_out(setting, recipe, purpose),
             network=setting.student if teacher else setting.teacher,
             method=method,
@@ -167,11 +167,6 @@ class Planner:
             seed=seed,
             teacher=teacher,
         )
-
-    def _checksum(self, dataset: str) -> str:
-        if dataset not in self.checksums:
-            raise ValueError(f"data set {dataset!r} has not been made here; `dvc repro data@{dataset}` makes it")
-        return self.checksums[dataset]
 
     def _held_out(self, setting: Setting, recipe: Recipe, purpose: str) -> int:
         # a plateau is found on held-out images, never on the test set, so those runs do without them to the end

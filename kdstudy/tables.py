@@ -179,19 +179,28 @@ def write_table(frame: pd.DataFrame, stem: Path, caption: str) -> None:
     The CSV is for machines: numbers to 4 decimals (p values to 4 digits), an empty cell where there is none. Markdown
     and LaTeX (booktabs) are for readers: labels, `mean [low, high]`, "not run", "diverged". `caption` is plain text.
     """
-    printed = _printed(frame)
-    aligned = ["left" if column in TEXTS else "right" for column in frame.columns if column not in FOLDED]
-    markdown = printed.to_markdown(index=False, disable_numparse=True, colalign=aligned)
+    printed, sides = _printed(frame), _sides(frame)
     latex = printed.to_latex(
         index=False,
         escape=True,
-        column_format="".join(side[0] for side in aligned),
+        column_format="".join(side[0] for side in sides),
         caption=caption.translate(LATEX_ESCAPES),
         label=f"tab:{stem.name}",
     )
     write_text(stem.with_name(f"{stem.name}.csv"), _rounded(frame).to_csv(index=False, lineterminator="\n"))
-    write_text(stem.with_name(f"{stem.name}.md"), f"**{caption}**\n\n{markdown}\n")
+    write_text(stem.with_name(f"{stem.name}.md"), to_markdown(frame, caption))
     write_text(stem.with_name(f"{stem.name}.tex"), latex)
+
+
+def to_markdown(frame: pd.DataFrame, caption: str) -> str:
+    """One of the tables above as it is printed, in Markdown under its caption."""
+    markdown = _printed(frame).to_markdown(index=False, disable_numparse=True, colalign=_sides(frame))
+    return f"**{caption}**\n\n{markdown}\n"
+
+
+def label(method: str) -> str:
+    """The printed name of a method's row, or the row's own name where it has none."""
+    return METHOD_LABELS.get(method, method)
 
 
 def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
@@ -201,11 +210,15 @@ def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
     return rounded.replace(-0.0, 0.0)  # -0.00001 would print as -0.0
 
 
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 TEXTS: Mapping[str, Callable[[Any], str]] = {
     "stage": str,
     "scheme": str,
-    "method": lambda key: METHOD_LABELS.get(key, key),
-    "hyperparameters": lambda text: ", ".join(f"{name} {value}" for name, value in json.loads(text).items()),
+    "method": label,
+    "hyperparameters": lambda text: ", ".join(f"{name} {_plain(value)}" for name, value in json.loads(text).items()),
     "chosen": lambda chosen: "chosen" if chosen else "",
 }
 HEADINGS: Mapping[str, str] = {
@@ -228,8 +241,8 @@ LIMITS: Mapping[str, tuple[str, str]] = {
     "test_accuracy": ("ci_low", "ci_high"),
     "difference_to_kd": ("difference_low", "difference_high"),
 }
-# printed inside the cell that they belong to
-FOLDED = ("ci_low", "ci_high", "difference_low", "difference_high", "diverged")
+# printed inside the cell that they belong to, or, for pairs, in the CSV alone
+FOLDED = ("ci_low", "ci_high", "difference_low", "difference_high", "diverged", "pairs")
 # what was measured, and the column that counts the runs which may have failed to give it
 ATTEMPTS: Mapping[str, str] = {
     "ours": "diverged",
@@ -246,9 +259,19 @@ LATEX_ESCAPES = str.maketrans(
 
 def _printed(frame: pd.DataFrame) -> pd.DataFrame:
     rows = frame.to_dict("records")
-    columns = [column for column in frame.columns if column not in FOLDED]
+    columns = _shown(frame)
     cells = [[_cell(column, row) for column in columns] for row in rows]
     return pd.DataFrame(cells, columns=[_heading(column, frame) for column in columns], dtype=object)
+
+
+def _shown(frame: pd.DataFrame) -> list[str]:
+    # within one stage, stage and scheme say nothing of a method that its name does not
+    dropped = {"stage", "scheme"} if "stage" in frame and frame.stage.nunique() <= 1 else set()
+    return [column for column in frame.columns if column not in dropped | set(FOLDED)]
+
+
+def _sides(frame: pd.DataFrame) -> list[str]:
+    return ["left" if column in TEXTS else "right" for column in _shown(frame)]
 
 
 def _heading(column: str, frame: pd.DataFrame) -> str:

@@ -61,7 +61,7 @@ def test_a_run_without_pipeline_and_what_is_finished_stays_so(folder):
         (["run", "--setting", "digits", "--device", "gpu"], "device must be auto, cpu, cuda or cuda:N"),
         (
             ["run", "--setting", "cifar10_wrn_16_1"],
-            "data set 'cifar10' has not been made here; `dvc repro data@cifar10`",
+            "data/cifar10.json does not exist; `dvc repro data@cifar10` makes it",
         ),
         (["data", "digit"], "unknown data set 'digit'; did you mean 'digits'"),
         (["report", "quik"], "unknown profile 'quik'; did you mean 'quick'"),

@@ -220,8 +220,35 @@ def test_data_that_was_altered_is_refused_before_training(folder, trained):
 
 def test_a_data_set_that_was_not_made_is_named(folder):
     data_path("stripes").unlink()
-    with pytest.raises(ValueError, match=r"data set 'stripes'.*dvc repro data@stripes"):
+    with pytest.raises(ValueError, match=r"stripes.npz does not exist; `dvc repro data@stripes`"):
         executor().run_stage("teacher")
+
+
+def test_tables_are_made_without_the_data(folder):
+    executor().run_stage("response")
+    ledger = executor().ledger
+    frame = ledger.frame(ledger.runs("stripes", "response"))
+    assert len(frame) == 8
+    shutil.rmtree("store")
+    shutil.rmtree("data")
+    ledger = executor().ledger
+    assert ledger.frame(ledger.runs("stripes", "response")).equals(frame)
+
+
+def test_a_network_that_breaks_at_its_very_last_step_has_diverged(folder, monkeypatch):
+    run = Training.run
+
+    def poisoned(self):
+        history = run(self)
+        if self.seed == 1:
+            self.scheme.deployed.classifier.bias.data.fill_(float("nan"))
+        return history
+
+    executor().run_stage("teacher")
+    monkeypatch.setattr(Training, "run", poisoned)
+    frame = executor().ledger.frame(executor().run_stage("response"))
+    assert set(frame[frame.seed == 1].status) == {"diverged"}
+    assert set(frame[frame.seed == 0].status) == {"finished"}
 
 
 def test_devices(monkeypatch):

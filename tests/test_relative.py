@@ -371,7 +371,6 @@ def test_a_divergence_from_a_distribution_is_never_negative(method):
         (relative_v3, {"order": "random"}, "order must be one of value, abs, not 'random'"),
         (relative_v3, {"fill": "mean"}, "fill must be one of zero, min, not 'mean'"),
     ],
-    ids=str,
 )
 def test_an_unknown_option_is_named(edit, options, message):
     _, logits, labels = random_logits(4, 5)

@@ -22,9 +22,9 @@ FLOORS = (
     {"store"},
     {"results"},
     {"execute"},
-    {"statistics", "equations", "notebook", "figures", "lesson"},
+    {"answers", "equations", "notebook", "statistics"},
     {"tables"},
-    {"report"},
+    {"figures", "lesson", "readings", "report"},
     {"pages"},
     {"__main__"},
 )
