@@ -32,7 +32,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 study: $(READY) ## the quick profile: teachers, students, tables and report on a CPU, in minutes
-	@dvc --quiet --wait-for-lock repro report@quick
+	@dvc --wait-for-lock repro report@quick
 	@echo "report: $(CURDIR)/reports/quick/report.html"
 
 thesis: $(READY) ## the thesis profile: CIFAR-10 and CIFAR-100, many GPU hours; finished runs are never repeated
@@ -40,7 +40,7 @@ thesis: $(READY) ## the thesis profile: CIFAR-10 and CIFAR-100, many GPU hours; 
 	@echo "report: $(CURDIR)/reports/thesis/report.html"
 
 tables: $(READY) ## tables and report of the thesis profile from the records at hand, no training
-	@dvc --quiet --wait-for-lock repro --single-item --force tables@thesis report@thesis
+	@dvc --wait-for-lock repro --single-item --force tables@thesis report@thesis
 	@echo "report: $(CURDIR)/reports/thesis/report.html"
 
 test: $(READY) ## all tests
