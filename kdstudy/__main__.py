@@ -78,7 +78,7 @@ def _methods(arguments: argparse.Namespace) -> None:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from kdstudy.execute import data_path
+    from kdstudy.device import data_path
     from kdstudy.image_set import save_image_set
     from kdstudy.params import load_params, look_up
     from kdstudy.sources import load_source

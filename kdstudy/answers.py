@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kdstudy.checkpoint import load_weights
 from kdstudy.core import Method
 from kdstudy.data import Draws, ImageBank
+from kdstudy.device import DataOnDevice, data_path
 from kdstudy.evaluate import logits_of
-from kdstudy.execute import DataOnDevice, data_path
 from kdstudy.image_set import holdout_split, read_image_set
 from kdstudy.relative import EarthMover
 from kdstudy.results import Ledger

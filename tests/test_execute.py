@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from kdstudy.checkpoint import BadFile, save_weights
-from kdstudy.execute import Executor, choose_device, data_path, open_ledger
+from kdstudy.device import choose_device, data_path
+from kdstudy.execute import Executor, open_ledger
 from kdstudy.image_set import ImageSet, save_image_set
 from kdstudy.models import build_model
 from kdstudy.results import RESULT_COLUMNS

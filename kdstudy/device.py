@@ -1,0 +1,85 @@
+"""What a run finds where it is made: the device, and a data set in its memory, cut into the parts that runs ask for."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdstudy.data import ImageBank
+from kdstudy.image_set import ImageSet, channel_statistics, holdout_split
+from kdstudy.models import build_model
+from kdstudy.recipe import Recipe
+from kdstudy.train import FULL
+
+DATA_FOLDER = Path("data")
+
+
+def data_path(dataset: str) -> Path:
+    """Where the data stage puts a data set."""
+    return DATA_FOLDER / f"{dataset}.npz"
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device named, "auto" for a GPU if there is one; KDSTUDY_DEVICE in the environment comes first.
+
+    Raises ValueError for a device that does not exist here.
+    """
+    wanted = os.environ.get("KDSTUDY_DEVICE", wanted)
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"device {wanted!r} was asked for, but torch finds {found} CUDA devices; try auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}")
+    return device
+
+
+class DataOnDevice:
+    """One data set in device memory, cut into the parts that runs ask for; each part is made once."""
+
+    def __init__(self, images: ImageSet, device: torch.device):
+        self.images, self.device = images, device
+        self.mean, self.std = channel_statistics(images.x_train)
+        self.training, self.watched = cache(self.training), cache(self.watched)
+
+    def training(self, held_out: int, recipe: Recipe) -> ImageBank:
+        """The training images without the held-out ones."""
+        index = self._split(held_out)[0]
+        return self._bank(self.images.x_train[index], self.images.y_train[index], recipe, recipe.crop_padding)
+
+    def watched(self, held_out: int, recipe: Recipe) -> dict[str, ImageBank]:
+        """The sets whose accuracy is noted every epoch: the test images, and the held-out ones if there are any."""
+        banks = {"test": self._bank(self.images.x_test, self.images.y_test, recipe, 0)}
+        index = self._split(held_out)[1]
+        if len(index):
+            banks["held_out"] = self._bank(self.images.x_train[index], self.images.y_train[index], recipe, 0)
+        return banks
+
+    def build(self, network: str, recipe: Recipe) -> nn.Module:
+        """A network for these images, freshly initialised, on the device."""
+        module = self._unplaced(network)
+        return module.to(device=self.device, dtype=FULL[recipe.precision], memory_format=torch.channels_last)
+
+    def check(self, network: str) -> None:
+        """Raise ValueError unless there is such a network and it takes these images."""
+        with torch.device("meta"):  # shapes only: no memory, no random numbers
+            self._unplaced(network)
+
+    def _unplaced(self, network: str) -> nn.Module:
+        images = self.images
+        return build_model(network, classes=images.classes, channels=images.channels, image_size=images.image_size)
+
+    def _split(self, held_out: int):
+        everything = slice(None)
+        return holdout_split(self.images.y_train, held_out) if held_out else (everything, [])
+
+    def _bank(self, images, labels, recipe: Recipe, padding: int) -> ImageBank:
+        dtype = FULL[recipe.precision]
+        return ImageBank(images, labels, mean=self.mean, std=self.std, padding=padding, device=self.device, dtype=dtype)
