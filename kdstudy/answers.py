@@ -122,12 +122,19 @@ def teacher_answers(ledger: Ledger, spec: RunSpec, device: torch.device) -> dict
     """A trained teacher's answers to three sets of images.
 
     "training": those it was trained on, as they are; "augmented": their crops that a student of its seed sees in the
-    first epoch; "test". Raises BadFile if its weights are not on this machine.
+    first epoch; "test". Raises FileNotFoundError if its weights are not on this machine: a record says how good it was,
+    but not what it answers.
     """
+    weights = ledger.store.weights(spec.id)
+    if not weights.exists():
+        raise FileNotFoundError(
+            f"what the teacher {spec} answers cannot be shown without its weights: bring {weights} from where it was "
+            f"trained, or remove its record {ledger.store.published_path(spec)} to have it trained here"
+        )
     images = read_image_set(data_path(spec.dataset))
     data = DataOnDevice(images, device)
     network = data.build(spec.network, spec.recipe)
-    load_weights(network, ledger.store.weights(spec.id))
+    load_weights(network, weights)
     bank, test = data.training(spec.held_out, spec.recipe), data.watched(0, spec.recipe)["test"]
     kept = holdout_split(images.y_train, spec.held_out)[0] if spec.held_out else np.arange(len(images.y_train))
     order, moved = _first_epoch(network, bank, spec)

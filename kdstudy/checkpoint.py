@@ -27,7 +27,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """Load weights into a module of the same architecture. Raises BadFile for an absent or torn file, or another's."""
     try:
         tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise BadFile(f"weights {path} cannot be read: {error}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

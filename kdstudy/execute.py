@@ -114,11 +114,11 @@ class Executor:
         missing = self._missing(specs)
         for network in dict.fromkeys(spec.network for spec in missing):
             self._data.check(network)  # the last one's misspelt name is told before the first one is trained
-        total = sum(spec.recipe.epochs for spec in missing)
+        total = sum(spec.epochs for spec in missing)
         done = 0
         for spec in missing:
             self.make(spec, partial(self._tell, spec, done, total))
-            done += spec.recipe.epochs
+            done += spec.epochs
 
     def _missing(self, specs: Iterable[RunSpec]) -> list[RunSpec]:
         students = [spec for spec in specs if self.store.record(spec) is None]

@@ -92,6 +92,11 @@ class RunSpec:
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs training takes at most, over all phases of the method."""
+        return sum(phase.recipe.get("epochs", self.recipe.epochs) for phase in self.build_method().phases())
+
     def build_method(self) -> Method:
         """The method with its hyperparameters."""
         return build_method(self.method, **dict(self.hyperparameters))

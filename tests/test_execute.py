@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from kdstudy.answers import teacher_answers
 from kdstudy.checkpoint import BadFile, save_weights
 from kdstudy.device import choose_device, data_path
 from kdstudy.execute import Executor, open_ledger
@@ -182,6 +183,19 @@ def test_a_teacher_file_of_another_network_is_refused(folder, network, classes):
     save_weights(build_model(network, classes=classes, channels=1, image_size=8), first.store.weights(spec.id))
     with pytest.raises(BadFile, match=f"{spec.id}/weights.safetensors belong to another network"):
         executor().run_stage("response")
+
+
+def test_answers_without_weights_say_where_to_take_them_from(folder):
+    first = executor()
+    first.run_stage("teacher")
+    spec = first.ledger.planner.teacher("stripes", 0)
+    answers = teacher_answers(first.ledger, spec, torch.device("cpu"))
+    assert [len(answers[part].labels) for part in ("training", "augmented", "test")] == [60, 60, 30]
+    accuracy = 100 * (1 - answers["test"].wrong.double().mean().item())
+    assert accuracy == pytest.approx(first.store.record(spec)["scores"]["test_accuracy"], abs=1e-4)
+    first.store.weights(spec.id).unlink()
+    with pytest.raises(FileNotFoundError, match=r"bring store/.*weights\.safetensors from where it was trained"):
+        teacher_answers(first.ledger, spec, torch.device("cpu"))
 
 
 def test_a_torn_teacher_file_is_refused(folder):
