@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import math
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
     run.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", help="override params.yaml")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N; by default the profile's")
+    run.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after 90s, 25m or 2h; call again to go on")
     run.add_argument("--out", type=Path, help="keep runs in this folder instead of the run store")
     run.set_defaults(command=_run)
 
@@ -64,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="put the quick profile's table and picture into README.md")
     readme.set_defaults(command=_readme)
     return parser
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"a time reads 90s, 25m or 2h, not {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -91,12 +102,24 @@ def _run(arguments: argparse.Namespace) -> None:
     from kdstudy.execute import Executor, open_ledger
     from kdstudy.progress import reporter
     from kdstudy.store import Store
+    from kdstudy.train import Stopped
 
     store = Store(arguments.out / "runs", arguments.out / "published") if arguments.out else Store()
     ledger = open_ledger(arguments.set, store)
+    end = time.monotonic() + arguments.budget if arguments.budget else math.inf
     with reporter(arguments.setting) as progress:
-        executor = Executor(ledger, arguments.setting, report=progress.update, device=arguments.device)
-        specs = executor.make_chosen(arguments.stage, arguments.method, arguments.seed)
+        executor = Executor(
+            ledger,
+            arguments.setting,
+            report=progress.update,
+            should_stop=lambda: time.monotonic() > end,
+            device=arguments.device,
+        )
+        try:
+            specs = executor.make_chosen(arguments.stage, arguments.method, arguments.seed)
+        except Stopped:
+            specs = ledger.runs(arguments.setting, arguments.stage)
+            print("the budget is spent; the same command goes on from here. On record so far:")
     print(ledger.frame(specs)[["method", "purpose", "seed", "test_accuracy", "status", "run"]].to_string(index=False))
 
 

@@ -68,5 +68,5 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
     except Exception as error:  # damaged bytes make zipfile, torch and the unpickler raise nearly anything
-        raise BadFile(f"checkpoint {path} cannot be read: {error}") from error
+        raise BadFile(f"checkpoint {path} cannot be read: {error}; remove it to start the run anew") from error
     return state

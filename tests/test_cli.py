@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_a_run_without_pipeline_and_what_is_finished_stays_so(folder):
     table = [line.split()[:3] for line in first.stdout.splitlines()[1:]]
     assert table == [["kd", "tuning", "0"], ["kd", "tuning", "0"], ["kd", "final", "0"], ["ce", "final", "0"]]
     assert (again.stdout, again.stderr) == (first.stdout, "")
+
+
+def test_a_budget_stops_in_time_and_the_next_call_goes_on(folder, capsys):
+    words = ["run", "--setting", "digits", "--method", "ce", "--seed", "0", "--out", "elsewhere"]
+    words += ["--set", "recipes.quick.epochs=60", "--set", "recipes.quick.milestones=[]"]
+    started = time.monotonic()
+    assert main([*words, "--budget", "2s"]) == 0
+    assert time.monotonic() - started < 12
+    assert "the budget is spent" in capsys.readouterr().out
+    (checkpoint,) = Path("elsewhere").glob("runs/*/checkpoint.pt")
+    before = checkpoint.read_bytes()
+    assert main([*words, "--budget", "2s"]) == 0
+    assert checkpoint.read_bytes() != before
+    with pytest.raises(SystemExit):
+        main([*words, "--budget", "2"])
+    assert "a time reads 90s, 25m or 2h, not '2'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
