@@ -68,6 +68,10 @@ class Phase:
     trains: tuple[str, ...] = ("student", "adapters")
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
+    def epochs(self, usual: int) -> int:
+        """How many epochs the phase lasts at most, in a run whose recipe says `usual`."""
+        return self.recipe.get("epochs", usual)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):

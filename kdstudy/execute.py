@@ -141,7 +141,7 @@ class Executor:
             return self._make(spec, surroundings)
 
     def _make(self, spec: RunSpec, surroundings: Surroundings) -> Record:
-        started = datetime.now(UTC)
+        started = _now()
         teacher = self._teacher(spec.teacher) if spec.teacher else None
         scheme = self._scheme(spec, teacher)
         watch = self._data.watched(spec.held_out, spec.recipe)
@@ -203,7 +203,7 @@ class Executor:
         return score(logits, bank.labels).accuracy
 
 
-def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: datetime) -> Record:
+def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: str) -> Record:
     return {
         "run": spec.id,
         "dataset": spec.dataset,
@@ -220,7 +220,7 @@ def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: date
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
-        "started": started.isoformat(timespec="seconds"),
+        "started": started,
     }
 
 

@@ -40,6 +40,11 @@ def _temporary_beside(path: Path) -> Path:
     return Path(name)
 
 
+def require_writable(folder: Path) -> None:
+    """Make the folder if need be. Raises OSError with its name unless files can be written into it."""
+    _temporary_beside(Path(folder) / "probe").unlink()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -13,13 +13,12 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdstudy.files import unknown_name, write_text
+from kdstudy.files import require_writable, unknown_name, write_text
 from kdstudy.progress import Relay
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run_notebook(source: Path, output: Path, parameters: Mapping[str, str]) -> N
     """
     source, output = Path(source), Path(output)
     _check_parameters(source, parameters)
-    _require_writable(output.parent)
+    require_writable(output.parent)
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     with _claim(output) as scratch:
         try:
@@ -91,15 +90,6 @@ def _check_parameters(source: Path, parameters: Mapping[str, str]) -> None:
     missing = [name for name, has_default in declared.items() if not has_default and name not in parameters]
     if missing:
         raise ValueError(f"{source} needs a value for {', '.join(missing)}")
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write into this folder ({error.strerror})", str(folder)) from None
 
 
 @contextmanager

@@ -58,8 +58,11 @@ class Store:
         return self.published / spec.profile / spec.stage / spec.setting / f"{spec.id}.json"
 
     def published_checksum(self, dataset: str) -> str | None:
-        """The data checksum of the newest published run on a data set; None if no run on it is published."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.published.glob("*/*/*/*.json")]
+        """The data checksum of the newest published run on a data set; None if no run on it is published.
+
+        Raises ValueError naming a published file that is torn.
+        """
+        found = [_read_record(path, path.stem) for path in self.published.glob("*/*/*/*.json")]
         found = [record for record in found if record["dataset"] == dataset]
         return max(found, key=lambda record: record["finished"])["data_checksum"] if found else None
 

@@ -95,7 +95,7 @@ class RunSpec:
     @property
     def epochs(self) -> int:
         """How many epochs training takes at most, over all phases of the method."""
-        return sum(phase.recipe.get("epochs", self.recipe.epochs) for phase in self.build_method().phases())
+        return sum(phase.epochs(self.recipe.epochs) for phase in self.build_method().phases())
 
     def build_method(self) -> Method:
         """The method with its hyperparameters."""

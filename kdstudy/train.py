@@ -230,7 +230,7 @@ class Training:
         return 100 * (logits_of(self.scheme.deployed, bank).argmax(dim=1) == bank.labels).double().mean().item()
 
     def _between_steps(self, phase: Phase, recipe: Recipe, steps: int) -> None:
-        done = sum(self._recipe_of(earlier).epochs for earlier in self.phases[: self.position.phase])
+        done = sum(earlier.epochs(self.recipe.epochs) for earlier in self.phases[: self.position.phase])
         text = f"{phase.name} epoch {self.position.epoch + 1}/{recipe.epochs}"
         self.surroundings.on_step(done + self.position.epoch + self.position.step / steps, text)
         if self.surroundings.should_stop():
