@@ -23,10 +23,18 @@ class View(NamedTuple):
     pre_maps: tuple[Tensor, ...] = ()  # S x (B, c, h, w), may be negative
     embedding: Tensor | None = None  # (B, D), what the classifier reads
     exits: tuple["View", ...] = ()  # early classifiers, shallow to deep
+    members: tuple["View", ...] = ()  # the networks of which this one is composed
+    # added by the scheme for methods that read them
+    strong: "View | None" = None  # the logits for the batch's strongly augmented images
+    indices: Tensor | None = None  # (B,) int64, which training images these are
+    census: Tensor | None = None  # (N,) int64, the labels of all training images; only when adapters are sized
+    network: nn.Module | None = None  # the `models.StagedNet` itself, to run parts of it; a teacher's is frozen
 
     def only(self, taps: Iterable[str]) -> "View":
         """The same view without the taps that are not named (the logits always stay), so that their memory is freed."""
-        return View(self.logits, **{tap: getattr(self, tap) for tap in taps if tap != "logits"})
+        taps = [tap for tap in taps if tap != "logits"]
+        kept = View(self.logits, **{tap: getattr(self, tap) for tap in taps})
+        return kept._replace(members=tuple(member.only(taps) for member in kept.members))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "View":
         """A view with `function` applied to every tensor."""
@@ -42,8 +50,8 @@ class View(NamedTuple):
 
 
 def _map(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if part is None:
-        return None
+    if part is None or isinstance(part, nn.Module):
+        return part
     if isinstance(part, View):
         return part.map(function)
     if isinstance(part, tuple):
@@ -59,18 +67,53 @@ class Phase:
     """A stretch of training in which one objective is minimised over one set of modules.
 
     `objective` maps (student view, teacher view, labels, adapters) to named, weighted terms; their sum is minimised.
-    `trains` names modules of the scheme ("student", "adapters", "adapters.regressor"): only they get gradient
-    steps and only they are in train mode. `recipe` overrides fields of the run's recipe for this phase.
+    `trains` names modules of the scheme ("student", "student.stages.0", "adapters.regressor"): only they get gradient
+    steps and only they are in train mode. The phase lasts `share` of the run's epochs, at least one, with milestones
+    scaled likewise; `recipe` overrides fields of the run's recipe for this phase.
     """
 
     name: str
     objective: Objective
     trains: tuple[str, ...] = ("student", "adapters")
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a length that is none."""
+        require_positive("share", self.share)
 
     def epochs(self, usual: int) -> int:
         """How many epochs the phase lasts at most, in a run whose recipe says `usual`."""
-        return self.recipe.get("epochs", usual)
+        return self.recipe.get("epochs", max(1, round(self.share * usual)))
+
+
+class Clock(nn.Module):
+    """Where a phase stands, for losses that change with time: an adapter whose buffers the loop sets every epoch.
+
+    The buffers are scalars on the device, so that reading them waits for nothing and a captured step stays right.
+    """
+
+    epoch: Tensor  # 0-based
+    epochs: Tensor  # how many the phase has
+
+    def __init__(self) -> None:
+        """Start at the first epoch of one."""
+        super().__init__()
+        self.register_buffer("epoch", torch.zeros(()))
+        self.register_buffer("epochs", torch.ones(()))
+
+    def set(self, epoch: int, epochs: int) -> None:
+        """Say that the 0-based `epoch` of `epochs` begins."""
+        self.epoch.fill_(epoch)
+        self.epochs.fill_(epochs)
+
+    def done(self) -> Tensor:
+        """The share of the phase that is over when the current epoch ends, in (0, 1]."""
+        return (self.epoch + 1) / self.epochs
+
+    def warm_up(self, share: float) -> Tensor:
+        """A weight that rises linearly to 1 over the first `share` of the phase; 1 throughout for a share of 0."""
+        return (self.done() / share).clamp(max=1) if share else torch.ones_like(self.epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +128,9 @@ class Method(ABC):
     paper: ClassVar[str]  # authors, year, where
     reads: ClassVar[tuple[str, ...]] = ("logits",)  # taps of the View that the objective may touch
     needs_teacher: ClassVar[bool] = True
+    scheme: ClassVar[str] = "offline"  # under which it is trained, if it needs a teacher
+    least_batch: ClassVar[int] = 1  # fewer images in a batch leave the loss undefined
+    deploys: ClassVar[tuple[str, ...]] = ()  # adapters that the trained student keeps
 
     ce_weight: float = 1.0
     kd_weight: float = 1.0
@@ -119,9 +165,29 @@ class Method(ABC):
     def calibrate(self, adapters: nn.ModuleDict, teacher_views: Iterable[View]) -> None:  # noqa: B027 - optional
         """Fill buffers of `adapters` from one pass of the teacher over the plain training images, before training."""
 
+    def initialise(  # noqa: B027 - optional
+        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]
+    ) -> None:
+        """Change the student's first weights, before `calibrate` and training; `plain_batches` are training images."""
+
+    def predict(self, student: View, adapters: nn.ModuleDict) -> Tensor:
+        """The logits (B, C) of the deployed student, from its view and the adapters that it keeps."""
+        return student.logits
+
     def phases(self) -> tuple[Phase, ...]:
         """The training phases, in order; by default one, over student and adapters, with `objective`."""
         return (Phase("distil", self.objective),)
+
+
+def without_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter as one that weight decay leaves alone; returns it."""
+    parameter.kdstudy_without_decay = True
+    return parameter
+
+
+def is_without_decay(parameter: nn.Parameter) -> bool:
+    """Whether `without_decay` has marked it."""
+    return getattr(parameter, "kdstudy_without_decay", False)
 
 
 def softened_kl(

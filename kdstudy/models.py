@@ -11,6 +11,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,6 +100,46 @@ class StagedNet(nn.Module):
             embedding=embedding,
         )
 
+    def section(self, number: int, before: Tensor) -> Tensor:
+        """The map of stage `number` (from 1) when it is given the map of the stage before it (of the stem, for 1)."""
+        return self.stages[number - 1](self._leave(number - 1, before)).map
+
+    def resume(self, number: int, stage_map: Tensor) -> View:
+        """What the rest of the network makes of a map in the place of stage `number`'s: logits, embedding, later maps."""
+        taps = [self._leave(number, stage_map)]
+        for stage in self.stages[number:]:
+            taps.append(stage(taps[-1]))
+        embedding = self.embed(taps[-1].onward)
+        later = taps[1:]
+        return View(
+            logits=self.classifier(embedding),
+            maps=tuple(tap.map for tap in later),
+            pre_maps=tuple(tap.pre_map for tap in later),
+            embedding=embedding,
+        )
+
+    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """For every stage, the batch norm whose output its `pre_maps` hold, or that is the last one added into it.
+
+        Raises ValueError for a network without batch norm.
+        """
+        found = [_last_block(stage).last_norm() for stage in self.stages]
+        if None in found:
+            raise ValueError("this network has no batch norm before the activation that ends a stage")
+        return tuple(found)
+
+    def _leave(self, number: int, stage_map: Tensor) -> Taps:
+        return _last_block(self.stages[number - 1] if number else self.stem).leave(stage_map)
+
+
+def _last_block(stage: nn.Module) -> nn.Module:
+    return stage[-1] if isinstance(stage, nn.Sequential) else stage
+
+
+def _last_norm(layers: nn.Module) -> nn.BatchNorm2d | None:
+    found = [layer for layer in layers.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return found[-1] if found else None
+
 
 class PlainStage(nn.Module):
     """Layers, the activation that ends them, and what lies between it and the next layer."""
@@ -113,8 +154,15 @@ class PlainStage(nn.Module):
     def forward(self, before: Taps) -> Taps:
         """The taps around the activation."""
         pre_map = self.layers(before.onward)
-        activated = self.activation(pre_map)
-        return Taps(self.onward(activated), activated, pre_map)
+        return self.leave(self.activation(pre_map))._replace(pre_map=pre_map)
+
+    def leave(self, stage_map: Tensor) -> Taps:
+        """What goes on from a given map; it stands for the map before the activation, too."""
+        return Taps(self.onward(stage_map), stage_map, stage_map)
+
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        """The batch norm before the activation, if there is one."""
+        return _last_norm(self.layers)
 
 
 class ResidualBlock(nn.Module):
@@ -130,8 +178,32 @@ class ResidualBlock(nn.Module):
     def forward(self, before: Taps) -> Taps:
         """The taps around the block's last ReLU."""
         pre_map = self.branch(before.onward) + self.shortcut(before.onward)
-        activated = F.relu(pre_map)
-        return Taps(activated, activated, pre_map)
+        return self.leave(F.relu(pre_map))._replace(pre_map=pre_map)
+
+    def leave(self, stage_map: Tensor) -> Taps:
+        """What goes on from a given map; it stands for the map before the ReLU, too."""
+        return Taps(stage_map, stage_map, stage_map)
+
+    def last_norm(self) -> nn.BatchNorm2d | None:
+        """The batch norm that ends the branch."""
+        return _last_norm(self.branch)
+
+
+class Ensemble(nn.Module):
+    """Several trained networks as one: its logits are the log of the mean of their probabilities, `members` they."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        """At least one network; all have the same classes."""
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> View:
+        """All members' views, and their common answer (B, C) in float32 at least."""
+        members = tuple(network(images) for network in self.networks)
+        answers = torch.stack([member.logits for member in members])
+        answers = answers if answers.dtype == torch.float64 else answers.float()
+        logits = answers.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(members))
+        return View(logits, members=members)
 
 
 class PreActivationBlock(nn.Module):
@@ -147,9 +219,16 @@ class PreActivationBlock(nn.Module):
     def forward(self, before: Taps) -> Taps:
         """The residual sum, its batch norm, and the ReLU of that."""
         kept = before.map if self.shortcut is None else self.shortcut(before.onward)
-        total = self.branch(before.onward) + kept
-        pre_map = self.norm(total)
-        return Taps(F.relu(pre_map), total, pre_map)
+        return self.leave(self.branch(before.onward) + kept)
+
+    def leave(self, stage_map: Tensor) -> Taps:
+        """The given residual sum, its batch norm, and the ReLU of that."""
+        pre_map = self.norm(stage_map)
+        return Taps(F.relu(pre_map), stage_map, pre_map)
+
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The batch norm that reads the sum."""
+        return self.norm
 
 
 class ScaledSwish(nn.Module):

@@ -1,8 +1,8 @@
 """How a network is trained: optimiser, schedule, length, batch, augmentation, precision."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kdstudy.core import require_at_least_zero, require_choice, require_positive
+from kdstudy.core import Phase, require_at_least_zero, require_choice, require_positive
 
 PRECISIONS = ("bf16", "fp32", "fp64")
 SCHEDULES = ("step", "plateau")
@@ -52,6 +52,17 @@ class Recipe:
     def learning_rate_at(self, epoch: int) -> float:
         """The step schedule's learning rate in this 0-based epoch."""
         return self.learning_rate * self.factor ** sum(epoch >= milestone for milestone in self.milestones)
+
+    def for_phase(self, phase: Phase) -> "Recipe":
+        """This recipe over a phase: its share of the epochs and milestones, and what it overrides.
+
+        A phase that lasts a share of the run runs it out: a plateau is that of the whole run's accuracy.
+        """
+        epochs = phase.epochs(self.epochs)
+        milestones = tuple(sorted({round(phase.share * milestone) for milestone in self.milestones}))
+        schedule = "step" if phase.share != 1 else self.schedule
+        own = {"epochs": epochs, "milestones": milestones, "schedule": schedule} | dict(phase.recipe)
+        return replace(self, **own)
 
 
 @dataclass

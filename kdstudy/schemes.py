@@ -1,14 +1,14 @@
 """Who teaches whom. A scheme owns the networks of one run; whatever plays the teacher is frozen and detached here."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdstudy.core import Method, Phase, View
+from kdstudy.core import Clock, Method, Phase, View
 
 
 class Batch(NamedTuple):
@@ -16,6 +16,9 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, channels, H, W), normalised and augmented
     labels: Tensor  # (B,) int64
+    indices: Tensor | None = None  # (B,) int64, which training images these are
+    strong: Tensor | None = None  # the same images, strongly augmented, for schemes that ask for them
+    census: Tensor | None = None  # (N,) int64, the labels of all training images; in the sample that sizes adapters
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Scheme(nn.Module, ABC):
     batch and turn for the named loss terms, whose sum it minimises over `turn.trains` alone.
     """
 
+    least_batch: int = 1  # fewer images in a batch leave a loss undefined
+    wants_strong: bool = False  # whether batches need strongly augmented images beside the usual ones
+
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
         """The phases of training, in order."""
@@ -57,8 +63,8 @@ class Scheme(nn.Module, ABC):
     def deployed(self) -> nn.Module:
         """The network that is evaluated and kept."""
 
-    def prepare(self, plain_batches: Iterable[Tensor]) -> None:
-        """Whatever must be measured once over the plain training images before the first phase."""
+    def prepare(self, plain_batches: Callable[[], Iterable[Tensor]]) -> None:
+        """Whatever must be done once, with the plain training images, before the first phase."""
 
     def trained_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Parameters of the named modules, in a fixed order."""
@@ -70,68 +76,29 @@ class Scheme(nn.Module, ABC):
         for name in phase.trains:
             self.get_submodule(name).train()
 
+    def set_clocks(self, epoch: int, epochs: int) -> None:
+        """Tell losses that change with time that the 0-based `epoch` of a phase's `epochs` begins."""
+        for module in self.modules():
+            if isinstance(module, Clock):
+                module.set(epoch, epochs)
 
-class Alone(Scheme):
-    """One network and its labels: baselines and teachers."""
+
+class _Taught(Scheme):
+    """One student, one method and its adapters: what `Alone` and `Offline` share."""
 
     def __init__(self, student: nn.Module, method: Method):
         super().__init__()
         self.student = student
-        self.adapters = nn.ModuleDict()
         self.method = method
+        self.least_batch = method.least_batch
+        self.wants_strong = "strong" in method.reads
 
-    def phases(self) -> tuple[Phase, ...]:
-        """The method's own phases."""
-        return self.method.phases()
-
-    def losses(self, phase, turn, batch, half):
-        """The method's terms; where it asks for a teacher's view it is given the student's own, detached."""
-        view = look(self.student, batch.images, self.method.reads, half)
-        terms = phase.objective(view, view.detach(), batch.labels, self.adapters)
-        return Losses(terms, {"correct": count_correct(view, batch.labels)})
-
-    @property
-    def deployed(self) -> nn.Module:
-        """The network."""
-        return self.student
-
-
-class Offline(Scheme):
-    """A trained, frozen teacher and one student (Hinton et al. 2015).
-
-    The teacher is no submodule: it cannot be trained, saved or put into train mode with the rest, and its batch-norm
-    statistics never change. Student and teacher see the same augmented images.
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, sample: Tensor):
-        """`sample` (2 or more, channels, H, W) are images by whose views the method sizes its adapters."""
-        super().__init__()
-        self.student = student
-        self.method = method
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
-        self.adapters = self._sized_adapters(sample)
-
-    def _sized_adapters(self, sample: Tensor) -> nn.ModuleDict:
+    def _size_adapters(self, sample: Batch) -> None:
         self.student.eval()  # a forward in train mode would move its batch statistics
         with torch.no_grad():
-            student_view = look(self.student, sample, self.method.reads, None)
-        adapters = self.method.adapters(student_view, self.teach(sample, None))
-        return adapters.to(device=sample.device, dtype=sample.dtype)
-
-    def teach(self, images: Tensor, half: torch.dtype | None) -> View:
-        """The teacher's detached view of a batch, in full precision, with the taps that the method reads."""
-        (teacher,) = self._teacher
-        with torch.no_grad():
-            return look(teacher, images, self.method.reads, half)
-
-    def prepare(self, plain_batches: Iterable[Tensor]) -> None:
-        """Let the method measure the teacher, if it wants to."""
-
-        def views() -> Iterator[View]:
-            for images in plain_batches:
-                yield self.teach(images, None)
-
-        self.method.calibrate(self.adapters, views())
+            student = look(self.student, sample, self.method.reads, None)
+            adapters = self.method.adapters(student, self.teach(sample, None, student))
+        self.adapters = adapters.to(device=sample.images.device, dtype=sample.images.dtype)
 
     def phases(self) -> tuple[Phase, ...]:
         """The method's own phases."""
@@ -139,24 +106,103 @@ class Offline(Scheme):
 
     def losses(self, phase, turn, batch, half):
         """The method's terms of the student's view against the teacher's."""
-        teacher = self.teach(batch.images, half)
-        student = look(self.student, batch.images, self.method.reads, half)
+        with torch.set_grad_enabled(any(name.split(".")[0] == "student" for name in phase.trains)):
+            student = look(self.student, batch, self.method.reads, half)
+        teacher = self.teach(batch, half, student)
         terms = phase.objective(student, teacher, batch.labels, self.adapters)
-        return Losses(terms, {"correct": count_correct(student, batch.labels)})
+        return Losses(terms, {"correct": self._correct(student, batch.labels)})
+
+    @torch.no_grad()
+    def _correct(self, student: View, labels: Tensor) -> Tensor:
+        return count_correct(self.method.predict(student, self.adapters), labels)
+
+    @abstractmethod
+    def teach(self, batch: Batch, half: torch.dtype | None, student: View) -> View:
+        """The detached view of whatever plays the teacher, in full precision, with the taps that the method reads."""
 
     @property
     def deployed(self) -> nn.Module:
-        """The student, without its adapters."""
-        return self.student
+        """The student, with those of its adapters that it keeps."""
+        return Deployed(self.student, self.method, self.adapters) if self.method.deploys else self.student
 
 
-def count_correct(view: View, labels: Tensor) -> Tensor:
+class Alone(_Taught):
+    """One network and its labels: baselines and teachers."""
+
+    def __init__(self, student: nn.Module, method: Method, sample: Batch):
+        """`sample` are 2 or more images by whose view the method sizes its adapters."""
+        super().__init__(student, method)
+        self._size_adapters(sample)
+
+    def teach(self, batch: Batch, half: torch.dtype | None, student: View) -> View:
+        """The student's own view: nothing else is there."""
+        return student.detach()
+
+
+class Offline(_Taught):
+    """A trained, frozen teacher and one student (Hinton et al. 2015).
+
+    The teacher is no submodule: it cannot be trained, saved or put into train mode with the rest, and its batch-norm
+    statistics never change. Student and teacher see the same augmented images.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, sample: Batch):
+        """`sample` are 2 or more images, best a whole batch, by whose views the method sizes its adapters."""
+        super().__init__(student, method)
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
+        self._size_adapters(sample)
+
+    def teach(self, batch: Batch, half: torch.dtype | None, student: View) -> View:
+        """The teacher's view."""
+        (teacher,) = self._teacher
+        with torch.no_grad():
+            return look(teacher, batch, self.method.reads, half)
+
+    def prepare(self, plain_batches: Callable[[], Iterable[Tensor]]) -> None:
+        """Let the method change the student's first weights and measure the teacher, if it wants to."""
+        (teacher,) = self._teacher
+        with torch.no_grad():
+            self.method.initialise(self.student, teacher, plain_batches())
+
+        def views() -> Iterator[View]:
+            with torch.no_grad():
+                for images in plain_batches():
+                    yield look(teacher, Batch(images, images.new_empty(0)), self.method.reads, None)
+
+        self.method.calibrate(self.adapters, views())
+
+
+class Deployed(nn.Module):
+    """A student together with the adapters that it keeps after training."""
+
+    def __init__(self, student: nn.Module, method: Method, adapters: nn.ModuleDict):
+        super().__init__()
+        self.student = student
+        self.adapters = nn.ModuleDict({name: adapters[name] for name in method.deploys})
+        self._method = method
+
+    def forward(self, images: Tensor) -> View:
+        """The student's view with the logits that the method predicts by."""
+        view = self.student(images)
+        return view._replace(logits=self._method.predict(view, self.adapters))
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """How many of a batch the logits get right, a scalar on the device."""
-    return (view.logits.detach().argmax(dim=1) == labels).sum()
+    return (logits.argmax(dim=1) == labels).sum()
 
 
-def look(network: nn.Module, images: Tensor, taps: Iterable[str], half: torch.dtype | None) -> View:
+def look(network: nn.Module, batch: Batch, taps: Iterable[str], half: torch.dtype | None) -> View:
     """The network's view of a batch, run under autocast to `half` if given; only `taps` are kept, in full precision."""
+    taps = tuple(taps)
+    view = _forward(network, batch.images, half).only(taps)
+    added = {"indices": batch.indices, "census": batch.census, "network": network}
+    if "strong" in taps:
+        # one after the other, so that batch norm sees each kind of image by itself
+        added["strong"] = _forward(network, batch.strong, half).only(())
+    return view._replace(**{tap: added[tap] for tap in added if tap in taps}).full_precision()
+
+
+def _forward(network: nn.Module, images: Tensor, half: torch.dtype | None) -> View:
     with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
-        view = network(images)
-    return view.only(taps).full_precision()
+        return network(images)

@@ -11,6 +11,7 @@ from kdstudy import relative, response, train
 from kdstudy.core import Method
 from kdstudy.params import Grid, Params, Setting, build, look_up
 from kdstudy.recipe import Recipe
+from kdstudy.schemes import Alone, Offline, Scheme
 
 METHODS: dict[str, type[Method]] = {
     "ce": response.CrossEntropy,
@@ -24,6 +25,9 @@ METHODS: dict[str, type[Method]] = {
     "relative_v4": relative.RelativeV4,
 }
 
+# each built from student, teacher (not for "none"), method, sample batch
+SCHEMES: dict[str, type[Scheme]] = {"none": Alone, "offline": Offline}
+
 BASELINE = "ce"  # what teachers and baseline students are trained with
 PURPOSES = ("tuning", "final")
 
@@ -35,8 +39,8 @@ def build_method(key: str, **hyperparameters: Any) -> Method:
 
 
 def scheme_of(method: type[Method]) -> str:
-    """The scheme under which a method is trained: "offline", or "none" without a teacher."""
-    return "offline" if method.needs_teacher else "none"
+    """The scheme under which a method is trained, a key of `SCHEMES`: "none" without a teacher."""
+    return method.scheme if method.needs_teacher else "none"
 
 
 def describe_method(key: str) -> dict[str, Any]:

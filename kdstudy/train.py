@@ -5,16 +5,17 @@ Nothing inside an epoch waits for the device: losses and counts are summed there
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdstudy.checkpoint import load_checkpoint, save_checkpoint
-from kdstudy.core import Phase
+from kdstudy.core import Phase, is_without_decay
 from kdstudy.data import Draws, ImageBank
 from kdstudy.evaluate import logits_of
 from kdstudy.recipe import Plateau, Recipe
@@ -114,6 +115,12 @@ class Training:
     def _check(self, recipe: Recipe) -> None:
         if recipe.batch > len(self.bank):
             raise ValueError(f"batch must be at most the {len(self.bank)} training images, not {recipe.batch}")
+        last = len(self.bank) % recipe.batch or recipe.batch
+        if last < self.scheme.least_batch:
+            raise ValueError(
+                f"batches of {recipe.batch} leave a last one of {last} of the {len(self.bank)} training images, "
+                f"but the method needs at least {self.scheme.least_batch} in a batch: choose another batch size"
+            )
         if recipe.crop_padding != self.bank.padding:
             raise ValueError(f"crop_padding must be {self.bank.padding} as in the bank, not {recipe.crop_padding}")
         if recipe.schedule == "plateau" and "held_out" not in self.watch:
@@ -128,7 +135,7 @@ class Training:
         self._clock = self._saved = time.monotonic()
         state = self._load()
         if state is None:
-            self.scheme.prepare(self.bank.plain(self.recipe.batch))
+            self.scheme.prepare(partial(self.bank.plain, self.recipe.batch))
         else:
             self._restore(state)
         for index in range(self.position.phase, len(self.phases)):
@@ -150,7 +157,7 @@ class Training:
         self._optimisers = {}
 
     def _recipe_of(self, phase: Phase) -> Recipe:
-        return replace(self.recipe, **phase.recipe)
+        return self.recipe.for_phase(phase)
 
     def _draws(self, index: int, recipe: Recipe) -> Draws:
         # the last phase always has stream 0: methods with and without preparatory phases stay paired in it
@@ -171,7 +178,7 @@ class Training:
 
     def _optimiser(self, turn: Turn, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            self.scheme.trained_parameters(turn.trains),
+            _parameter_groups(self.scheme.trained_parameters(turn.trains)),
             lr=recipe.learning_rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
@@ -181,6 +188,7 @@ class Training:
 
     def _run_epoch(self, phase: Phase, recipe: Recipe, draws: Draws) -> None:
         self.scheme.set_modes(phase)
+        self.scheme.set_clocks(self.position.epoch, recipe.epochs)
         self._set_learning_rate(recipe)
         if self.position.step == 0:
             self._sums = Sums()
@@ -194,11 +202,11 @@ class Training:
         start = step * recipe.batch
         stop = min(start + recipe.batch, len(self.bank))
         index, shift, flip = draws.batch(self.position.epoch, start, stop)
-        batch = Batch(self.bank.augmented(index, shift, flip), self.bank.labels[index])
+        batch = Batch(self.bank.augmented(index, shift, flip), self.bank.labels[index], index)
         noted = {}
         for turn in self.scheme.turns(phase):
             losses = self.scheme.losses(phase, turn, batch, HALF[recipe.precision])
-            self._optimisers[turn.name].zero_grad(set_to_none=True)
+            self.scheme.zero_grad(set_to_none=True)
             sum(losses.terms.values()).backward()
             self._optimisers[turn.name].step()
             noted |= {name: term * len(index) for name, term in losses.terms.items()} | dict(losses.counts)
@@ -281,6 +289,13 @@ class Training:
         self.history = state["history"]
         self.seconds = state["seconds"]
         _set_random_state(state["random"], self.device)
+
+
+def _parameter_groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """One group, and, where some are marked by `core.without_decay`, one more for these."""
+    free = [parameter for parameter in parameters if is_without_decay(parameter)]
+    usual = [parameter for parameter in parameters if not is_without_decay(parameter)]
+    return [{"params": usual}] + ([{"params": free, "weight_decay": 0.0}] if free else [])
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

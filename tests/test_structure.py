@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kdstudy"
 FLOORS = (
     {"core", "files"},
-    {"image_set", "recipe", "progress", "edits"},
+    {"image_set", "recipe", "progress", "edits", "adapters"},
     {"sources", "data", "models", "response", "relative"},
     {"schemes", "evaluate", "checkpoint", "params"},
     {"train"},

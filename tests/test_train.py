@@ -42,7 +42,7 @@ from kdstudy.core import Phase
 from kdstudy.data import Draws
 from kdstudy.models import build_model
 from kdstudy.response import SphericalKD, VanillaKD
-from kdstudy.schemes import Alone, Losses, Offline, Scheme, Turn
+from kdstudy.schemes import Alone, Batch, Losses, Offline, Scheme, Turn
 from kdstudy.study import METHODS
 from kdstudy.train import Diverged, Stopped, Training
 
@@ -549,9 +549,10 @@ def studys_scheme(key: str, device=CPU):
     torch.manual_seed(0)
     networks = [build_model(name, classes=3, image_size=8).to(device) for name in ("wrn_10_0.25", "cnn_small")]
     method = (METHODS | METHODS_OF_TESTS)[key]()
+    bank = make_bank(*pictures(size=(8, 8)), dtype=torch.float32, device=device)
+    sample = Batch(next(bank.plain(2)), bank.labels[:2])
     if not method.needs_teacher:
-        return Alone(networks[0], method)
-    sample = next(make_bank(*pictures(size=(8, 8)), dtype=torch.float32, device=device).plain(2))
+        return Alone(networks[0], method, sample)
     return Offline(*networks, method, sample)
 
 

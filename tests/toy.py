@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdstudy.core import Method, Phase, View
 from kdstudy.data import ImageBank
 from kdstudy.recipe import Recipe
-from kdstudy.schemes import Alone, Offline, Scheme
+from kdstudy.schemes import Alone, Batch, Offline, Scheme
 from kdstudy.train import FULL, Stopped, Surroundings, Training
 
 CLASSES = 3
@@ -150,9 +150,10 @@ def make_scheme(
 ) -> Scheme:
     """`method` on tiny networks, under the scheme it needs."""
     student = student or tiny_net(seed, dropout=dropout, dtype=dtype, device=device)
+    bank = make_bank(*pictures(), dtype=dtype, device=device)
+    sample = Batch(next(bank.plain(2)), bank.labels[:2])
     if not method.needs_teacher:
-        return Alone(student, method)
-    sample = next(make_bank(*pictures(), dtype=dtype, device=device).plain(2))
+        return Alone(student, method, sample)
     return Offline(student, teacher or tiny_teacher(dtype=dtype, device=device), method, sample)
 
 
