@@ -15,7 +15,7 @@ def _pooled(stage_map: Tensor, sides: tuple[int, ...]) -> Tensor:
 
 
 def widen(inputs: int, outputs: int) -> nn.Module:
-    """1x1 convolution without bias and batch norm from `inputs` to `outputs` channels; the identity if they are equal."""
+    """1x1 convolution without bias, then batch norm, from `inputs` to `outputs` channels; nothing if they are equal."""
     if inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))

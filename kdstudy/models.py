@@ -105,7 +105,7 @@ class StagedNet(nn.Module):
         return self.stages[number - 1](self._leave(number - 1, before)).map
 
     def resume(self, number: int, stage_map: Tensor) -> View:
-        """What the rest of the network makes of a map in the place of stage `number`'s: logits, embedding, later maps."""
+        """What the rest makes of a map in the place of stage `number`'s: logits, embedding and later maps."""
         taps = [self._leave(number, stage_map)]
         for stage in self.stages[number:]:
             taps.append(stage(taps[-1]))
