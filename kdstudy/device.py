@@ -4,11 +4,12 @@ import os
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from kdstudy.data import ImageBank
-from kdstudy.image_set import ImageSet, channel_statistics, holdout_split
+from kdstudy.image_set import ImageSet, channel_statistics, holdout_split, stratified_subset
 from kdstudy.models import build_model
 from kdstudy.recipe import Recipe
 from kdstudy.train import FULL
@@ -49,9 +50,21 @@ class DataOnDevice:
         self.mean, self.std = channel_statistics(images.x_train)
         self.training, self.watched = cache(self.training), cache(self.watched)
 
-    def training(self, held_out: int, recipe: Recipe) -> ImageBank:
-        """The training images without the held-out ones."""
+    def training(self, held_out: int, recipe: Recipe, share: float = 1.0) -> ImageBank:
+        """The training images without the held-out ones; of these a stratified share, smaller ones within larger ones.
+
+        Raises ValueError if the share has fewer images than there are classes.
+        """
         index = self._split(held_out)[0]
+        if share != 1:
+            index = np.arange(len(self.images.y_train))[index]
+            count = round(share * len(index))
+            if count < self.images.classes:
+                classes = self.images.classes
+                raise ValueError(
+                    f"{share:g} of {len(index)} training images are {count}, fewer than the {classes} classes"
+                )
+            index = index[stratified_subset(self.images.y_train[index], count)]
         return self._bank(self.images.x_train[index], self.images.y_train[index], recipe, recipe.crop_padding)
 
     def watched(self, held_out: int, recipe: Recipe) -> dict[str, ImageBank]:

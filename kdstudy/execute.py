@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from kdstudy.data import ImageBank
 from kdstudy.device import DataOnDevice, choose_device, data_path
 from kdstudy.evaluate import logits_of, score
 from kdstudy.image_set import read_card, read_image_set
-from kdstudy.models import count_parameters
+from kdstudy.models import Ensemble, count_parameters
 from kdstudy.params import PARAMS_FILE, load_params, look_up
 from kdstudy.results import Ledger
-from kdstudy.schemes import Alone, Offline, Scheme
+from kdstudy.schemes import Batch, Scheme
 from kdstudy.store import Record, Store
-from kdstudy.study import Planner, RunSpec, check_methods
-from kdstudy.train import Diverged, Surroundings, Training
+from kdstudy.study import SCHEMES, Planner, RunSpec, check_methods, scheme_of
+from kdstudy.train import Diverged, Stopped, Surroundings, Training
+from kdstudy.workers import cores, side_by_side
 
 
 def open_ledger(overrides: Sequence[str] = (), store: Store | None = None) -> Ledger:
@@ -104,7 +106,8 @@ class Executor:
         final = [spec for row in rows for spec in self.ledger.final(self.setting, stage, row)]
         final = [spec for spec in final if seeds is None or spec.seed in seeds]
         self.complete(final)
-        return cells + final
+        teaching = {spec.teacher.id: spec.teacher for spec in cells + final if spec.teacher.purpose == "teaching"}
+        return [*teaching.values(), *cells, *final]
 
     def complete(self, specs: Iterable[RunSpec]) -> None:
         """Train those of the runs that have no record, in order, and first the teachers whose weights they need.
@@ -114,17 +117,43 @@ class Executor:
         missing = self._missing(specs)
         for network in dict.fromkeys(spec.network for spec in missing):
             self._data.check(network)  # the last one's misspelt name is told before the first one is trained
+        workers = min(len(missing) // 2, self._profile.workers or cores())  # a worker's start costs about a run
+        if workers > 1 and self.device.type == "cpu":
+            self._complete_side_by_side(missing, workers)
+            return
         total = sum(spec.epochs for spec in missing)
         done = 0
         for spec in missing:
             self.make(spec, partial(self._tell, spec, done, total))
             done += spec.epochs
 
+    def _complete_side_by_side(self, missing: Sequence[RunSpec], workers: int) -> None:
+        total = sum(spec.epochs for spec in missing)
+        done = dict.fromkeys((spec.id for spec in missing), 0.0)
+        shared = (self.ledger, self.setting, str(self.device))
+        for _, group in groupby(missing, key=lambda spec: spec.depth):  # a student's teachers come before it
+            specs = list(group)
+
+            def tell(number: int, epochs: float, text: str, specs=specs) -> None:
+                done[specs[number].id] = epochs
+                self._report(sum(done.values()), total, f"{specs[number]} {text}")
+
+            side_by_side(_make_in_worker, shared, specs, workers, tell=tell, should_stop=self._should_stop)
+
     def _missing(self, specs: Iterable[RunSpec]) -> list[RunSpec]:
-        students = [spec for spec in specs if self.store.record(spec) is None]
-        teachers = [spec.teacher for spec in students if spec.teacher]
-        absent = [spec for spec in teachers if not self.store.weights(spec.id).exists()]
-        return list({spec.id: spec for spec in absent + students}.values())
+        """Those without a record, behind all teachers whose weights they need and that have none."""
+        found: dict[str, RunSpec] = {}
+
+        def add(spec: RunSpec) -> None:
+            for teacher in spec.teachers:
+                if not self.store.weights(teacher.id).exists():
+                    add(teacher)
+            found.setdefault(spec.id, spec)
+
+        for spec in specs:
+            if self.store.record(spec) is None:
+                add(spec)
+        return sorted(found.values(), key=lambda spec: spec.depth)
 
     def _tell(self, spec: RunSpec, done: float, total: float, epochs: float, text: str) -> None:
         self._report(done + epochs, total, f"{spec} {text}")
@@ -142,13 +171,12 @@ class Executor:
 
     def _make(self, spec: RunSpec, surroundings: Surroundings) -> Record:
         started = _now()
-        teacher = self._teacher(spec.teacher) if spec.teacher else None
-        scheme = self._scheme(spec, teacher)
+        scheme = self._scheme(spec)
         watch = self._data.watched(spec.held_out, spec.recipe)
         training = Training(
             scheme,
             spec.recipe,
-            self._data.training(spec.held_out, spec.recipe),
+            self._data.training(spec.held_out, spec.recipe, spec.images),
             seed=spec.seed,
             watch=watch,
             surroundings=surroundings,
@@ -168,14 +196,21 @@ class Executor:
         self.store.write_record(record)
         return record
 
-    def _scheme(self, spec: RunSpec, teacher: nn.Module | None) -> Scheme:
+    def _scheme(self, spec: RunSpec) -> Scheme:
+        method = spec.build_method()
+        teachers = [self._teacher(teacher) for teacher in spec.teachers] if method.needs_teacher else []
         torch.manual_seed(spec.seed)  # before the student is built: its first weights are the seed's
         student = self._data.build(spec.network, spec.recipe)
-        method = spec.build_method()
-        if not method.needs_teacher:
-            return Alone(student, method)
-        sample = next(self._data.watched(0, spec.recipe)["test"].plain(2))
-        return Offline(student, teacher, method, sample)
+        teacher = [Ensemble(teachers)] if len(teachers) > 1 else teachers
+        return SCHEMES[scheme_of(type(method))](student, *teacher, method, self._sample(spec))
+
+    def _sample(self, spec: RunSpec) -> Batch:
+        """A batch of plain training images, for a method to size its adapters by."""
+        bank = self._data.training(spec.held_out, spec.recipe, spec.images)
+        size = min(spec.recipe.batch, len(bank))
+        images = next(bank.plain(size))
+        indices = torch.arange(size, device=self.device)
+        return Batch(images, bank.labels[:size], indices, strong=images, census=bank.labels)
 
     def _teacher(self, spec: RunSpec) -> nn.Module:
         """The trained teacher. Where its weights are absent it is trained, even if its record is known."""
@@ -201,6 +236,24 @@ class Executor:
 
     def _accuracy(self, logits: Tensor, bank: ImageBank) -> float:
         return score(logits, bank.labels).accuracy
+
+
+_executors: dict[tuple[str, str], Executor] = {}  # of a worker process: the data is read once
+
+
+def _make_in_worker(
+    shared: tuple[Ledger, str, str],
+    spec: RunSpec,
+    tell: Callable[[float, str], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    ledger, setting, device = shared
+    if should_stop():
+        raise Stopped
+    key = (setting, device)
+    if key not in _executors:
+        _executors[key] = Executor(ledger, setting, should_stop=should_stop, device=device)
+    _executors[key].make(spec, tell)
 
 
 def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: str) -> Record:

@@ -18,10 +18,11 @@ PARAMS_FILE = Path("params.yaml")
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the runs of a profile are made. Neither field changes what a run is."""
+    """Where the runs of a profile are made. No field changes what a run is."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    threads: int = 0  # CPU threads; 0 leaves the choice to torch
+    threads: int = 0  # CPU threads of a run; 0 leaves the choice to torch
+    workers: int = 1  # runs side by side on a CPU, each in a process of its own; 0 is one for each processor
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set with a teacher and a student. `methods` limits the rows; None means all of a stage."""
+    """A data set with a teacher and a student.
+
+    `methods` limits the rows, None means all of a stage; `without` names rows that are not defined for these networks.
+    `networks` names further networks that rows ask for; rows that ask for one which is not named are left out.
+    `teacher_recipe` is the teacher's, where it is not the students'.
+    """
 
     profile: str
     dataset: str
@@ -45,6 +51,75 @@ class Setting:
     seeds: tuple[int, ...]
     grid: str | None = None
     methods: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    networks: Mapping[str, str] = field(default_factory=dict)
+    teacher_recipe: str | None = None
+
+    def network(self, pattern: str) -> str | None:
+        """The network that a row means by "{teacher}" or "{plain}+heads"; None where the setting has none of the name.
+
+        Raises ValueError for a pattern that cannot be read.
+        """
+        try:
+            return pattern.format_map({"teacher": self.teacher, "student": self.student} | dict(self.networks))
+        except KeyError:
+            return None
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
+            raise ValueError(f"network {pattern!r} must read like '{{student}}' or '{{teacher}}+heads'") from error
+
+
+@dataclass(frozen=True)
+class TaughtBy:
+    """The run that teaches a row's students, where that is not the setting's teacher; the teacher teaches it."""
+
+    method: str
+    network: str = "{teacher}"
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained under one name. All but these fields are `hyperparameters` of the method.
+
+    `method` is by default the row's own name; `teachers` of the setting, of different seeds, teach together; `images`
+    is the share of the training images that is used, a fixed stratified subset.
+    """
+
+    method: str
+    network: str = "{student}"
+    taught_by: TaughtBy | None = None
+    teachers: int = 1
+    images: float = 1.0
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if not 0 < self.images <= 1:
+            raise ValueError(f"images must be above 0 and at most 1, not {self.images!r}")
+        if self.teachers < 1:
+            raise ValueError(f"teachers must be at least 1, not {self.teachers!r}")
+        if self.teachers > 1 and self.taught_by:
+            raise ValueError("teachers above 1 and taught_by exclude each other")
+
+
+def parse_row(name: str, values: Mapping[str, Any], where: str) -> Row:
+    """The row of this name from its mapping in params.yaml. Raises ValueError naming the place of what is wrong."""
+    own = {"method": name} | {key: values[key] for key in values if key in _ROW_KEYS}
+    if "taught_by" in own:
+        own["taught_by"] = _taught_by(own["taught_by"], f"{where}.taught_by")
+    rest = {key: value for key, value in values.items() if key not in _ROW_KEYS}
+    return build(Row, own | {"hyperparameters": rest}, where)
+
+
+def _taught_by(values: Any, where: str) -> TaughtBy:
+    if not isinstance(values, dict) or "method" not in values:
+        raise ValueError(f"{where} must be a mapping with a method, not {values!r}")
+    own = {key: values[key] for key in values if key in ("method", "network")}
+    rest = {key: value for key, value in values.items() if key not in own}
+    return build(TaughtBy, own | {"hyperparameters": rest}, where)
+
+
+_ROW_KEYS = ("method", "network", "taught_by", "teachers", "images")
 
 
 @dataclass(frozen=True)
@@ -64,13 +139,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Params:
-    """The whole file. `methods` maps stage to row to hyperparameters."""
+    """The whole file. `methods` maps stage to row."""
 
     profiles: Mapping[str, Profile]
     datasets: Mapping[str, Dataset]
     recipes: Mapping[str, Recipe]
     settings: Mapping[str, Setting]
-    methods: Mapping[str, Mapping[str, dict[str, Any]]]
+    methods: Mapping[str, Mapping[str, Row]]
     grids: Mapping[str, Grid]
 
     def settings_of(self, profile: str) -> dict[str, Setting]:
@@ -111,7 +186,13 @@ def parse_params(tree: dict[str, Any]) -> Params:
         datasets=_build_all(Dataset, tree["datasets"], "datasets"),
         recipes=_build_all(Recipe, tree["recipes"], "recipes"),
         settings=_build_all(Setting, tree["settings"], "settings"),
-        methods=_mapping_of_mappings(tree["methods"], "methods"),
+        methods={
+            stage: {
+                row: parse_row(row, values, f"methods.{stage}.{row}")
+                for row, values in _mapping_of_mappings(rows, f"methods.{stage}").items()
+            }
+            for stage, rows in _mapping_of_mappings(tree["methods"], "methods").items()
+        },
         grids=_build_all(Grid, tree["grids"], "grids"),
     )
     _check_names(params)
@@ -126,7 +207,9 @@ def _check_names(params: Params) -> None:
         look_up(f"recipe of setting {name}:", setting.recipe, params.recipes)
         if setting.grid is not None:
             look_up(f"grid of setting {name}:", setting.grid, params.grids)
-        for row in setting.methods or ():
+        if setting.teacher_recipe is not None:
+            look_up(f"teacher_recipe of setting {name}:", setting.teacher_recipe, params.recipes)
+        for row in (*(setting.methods or ()), *setting.without):
             look_up(f"method of setting {name}:", row, dict.fromkeys(rows))
         if not setting.seeds or len(set(setting.seeds)) != len(setting.seeds) or min(setting.seeds) < 0:
             raise ValueError(f"settings.{name}.seeds must be distinct numbers of at least 0, not {list(setting.seeds)}")

@@ -54,15 +54,16 @@ class Recipe:
         return self.learning_rate * self.factor ** sum(epoch >= milestone for milestone in self.milestones)
 
     def for_phase(self, phase: Phase) -> "Recipe":
-        """This recipe over a phase: its share of the epochs and milestones, and what it overrides.
+        """This recipe over a phase: its share of the epochs and milestones, its rate, and what it overrides.
 
         A phase that lasts a share of the run runs it out: a plateau is that of the whole run's accuracy.
         """
         epochs = phase.epochs(self.epochs)
-        milestones = tuple(sorted({round(phase.share * milestone) for milestone in self.milestones}))
+        milestones = tuple(sorted({max(1, round(phase.share * milestone)) for milestone in self.milestones}))
         schedule = "step" if phase.share != 1 else self.schedule
-        own = {"epochs": epochs, "milestones": milestones, "schedule": schedule} | dict(phase.recipe)
-        return replace(self, **own)
+        own = {"epochs": epochs, "milestones": milestones, "schedule": schedule}
+        own["learning_rate"] = phase.rate * self.learning_rate
+        return replace(self, **own | dict(phase.recipe))
 
 
 @dataclass

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from kdstudy import relative, response, train
+from kdstudy import attention, boundaries, cross_layer, exits, hints, relative, response, reuse, train
 from kdstudy.core import Method
-from kdstudy.params import Grid, Params, Setting, build, look_up
+from kdstudy.params import Grid, Params, Row, Setting, build, look_up
 from kdstudy.recipe import Recipe
 from kdstudy.schemes import Alone, Offline, Scheme
 
@@ -23,13 +23,26 @@ METHODS: dict[str, type[Method]] = {
     "relative_v2": relative.RelativeV2,
     "relative_v3": relative.RelativeV3,
     "relative_v4": relative.RelativeV4,
+    "fitnets": hints.FitNets,
+    "attention": attention.AttentionTransfer,
+    "factor_transfer": hints.FactorTransfer,
+    "variational_information": hints.VariationalInformation,
+    "neuron_selectivity": attention.NeuronSelectivity,
+    "heads": exits.HeadTraining,
+    "tofd": exits.TOFD,
+    "relative_heads": exits.RelativeHeads,
+    "activation_boundaries": boundaries.ActivationBoundaries,
+    "overhaul": boundaries.ComprehensiveOverhaul,
+    "semckd": cross_layer.SemCKD,
+    "review": cross_layer.ReviewKD,
+    "reused_classifier": reuse.ReusedClassifier,
 }
 
 # each built from student, teacher (not for "none"), method, sample batch
-SCHEMES: dict[str, type[Scheme]] = {"none": Alone, "offline": Offline}
+SCHEMES: dict[str, type[Scheme]] = {"none": Alone, "offline": Offline, "collaborative": Collaborative}
 
 BASELINE = "ce"  # what teachers and baseline students are trained with
-PURPOSES = ("tuning", "final")
+PURPOSES = ("tuning", "final", "teaching")  # the last: runs that only teach others of their stage
 
 
 def build_method(key: str, **hyperparameters: Any) -> Method:
@@ -60,8 +73,9 @@ def describe_method(key: str) -> dict[str, Any]:
 class RunSpec:
     """Everything that a run's result depends on, and the names under which the study files it.
 
-    `held_out` images are kept back from training (0: none). `teacher` is the teacher's own run: it teaches, or, for
-    methods without one, is only compared with. The id leaves out the names, and every field that has its default value,
+    `held_out` images are kept back from training (0: none), and a share of the rest, `images`, is trained on. `teacher`
+    is the teacher's own run: it teaches, or, for methods without one, is only compared with; `co_teachers` teach with
+    it. The id leaves out the names, and every field that has its default value,
     so that adding an option to a method makes no finished run a new one.
     """
 
@@ -79,6 +93,8 @@ class RunSpec:
     recipe: Recipe
     seed: int
     teacher: "RunSpec | None" = None
+    co_teachers: "tuple[RunSpec, ...]" = ()
+    images: float = 1.0
 
     @cached_property
     def id(self) -> str:
@@ -94,7 +110,21 @@ class RunSpec:
             "teacher": self.teacher.id if self.teacher else None,
             "revision": train.REVISION,
         }
+        if self.co_teachers:
+            identity["co_teachers"] = [teacher.id for teacher in self.co_teachers]
+        if self.images != 1:
+            identity["images"] = self.images
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def teachers(self) -> "tuple[RunSpec, ...]":
+        """All teachers' runs, the one that it is compared with first."""
+        return (*((self.teacher,) if self.teacher else ()), *self.co_teachers)
+
+    @property
+    def depth(self) -> int:
+        """How many runs must be made one after the other before this one."""
+        return 1 + max(teacher.depth for teacher in self.teachers) if self.teachers else 0
 
     @property
     def epochs(self) -> int:
@@ -124,7 +154,9 @@ class Planner:
 
     def teacher(self, setting: str, seed: int, purpose: str = "final") -> RunSpec:
         """The teacher that all students of this setting, seed and purpose share."""
-        return self._spec(setting, "teacher", purpose, "teacher", BASELINE, {}, seed, teacher=None)
+        row = Row(BASELINE, network="{teacher}")
+        recipe = self.setting(setting).teacher_recipe
+        return self._spec(setting, "teacher", purpose, "teacher", row, seed, recipe=recipe)
 
     def teachers(self, setting: str) -> list[RunSpec]:
         """All teachers of a setting: one per seed, and one for tuning if a grid needs it."""
@@ -135,8 +167,14 @@ class Planner:
 
     def rows(self, setting: str, stage: str) -> list[str]:
         """The rows of a stage that this setting trains, in the order of params.yaml."""
-        wanted = self.setting(setting).methods
-        return [row for row in look_up("stage", stage, self.params.methods) if wanted is None or row in wanted]
+        this = self.setting(setting)
+        known = look_up("stage", stage, self.params.methods)
+        wanted = [row for row in known if row not in this.without and (this.methods is None or row in this.methods)]
+        return [row for row in wanted if self._has_networks(this, known[row])]
+
+    def _has_networks(self, setting: Setting, row: Row) -> bool:
+        patterns = [row.network, *([row.taught_by.network] if row.taught_by else [])]
+        return all(setting.network(pattern) is not None for pattern in patterns)
 
     def tuning(self, setting: str, stage: str, row: str) -> list[RunSpec]:
         """One run per cell of the row's grid, on all but the held-out images; empty without a grid."""
@@ -151,30 +189,51 @@ class Planner:
         """The one seed that the cells of a grid are compared on."""
         return self.setting(setting).seeds[0]
 
-    def _student(self, setting, stage, row, overrides, seed, purpose) -> RunSpec:
-        values = dict(self.params.methods[stage][row])
-        method = values.pop("method", row)
-        teacher = self.teacher(setting, seed, purpose)
-        return self._spec(setting, stage, purpose, row, method, values | dict(overrides), seed, teacher)
+    def _student(self, setting, stage, name, overrides, seed, purpose) -> RunSpec:
+        row = self.params.methods[stage][name]
+        row = replace(row, hyperparameters={**row.hyperparameters, **overrides})
+        first, *others = self._taught_by(setting, stage, name, row, seed, purpose)
+        return self._spec(setting, stage, purpose, name, row, seed, teacher=first, co_teachers=tuple(others))
 
-    def _spec(self, name, stage, purpose, row, method, hyperparameters, seed, teacher) -> RunSpec:
+    def _taught_by(self, setting, stage, name, row, seed, purpose) -> list[RunSpec]:
+        """The runs that teach a row's student of this seed."""
+        teacher = self.teacher(setting, seed, purpose)
+        if row.taught_by is None:
+            others = self._other_seeds(setting, seed, row)
+            return [teacher, *(self.teacher(setting, other, purpose) for other in others)]
+        own = row.taught_by
+        between = Row(own.method, network=own.network, images=row.images, hyperparameters=own.hyperparameters)
+        above = teacher if METHODS[own.method].needs_teacher else None
+        spec = self._spec(setting, stage, purpose, f"{name}: teacher", between, seed, teacher=above)
+        return [replace(spec, purpose="teaching")]
+
+    def _other_seeds(self, setting: str, seed: int, row: Row) -> list[int]:
+        """The seeds of a row's further teachers: those that follow in the setting's list, in a ring, then new ones."""
+        seeds = self.setting(setting).seeds
+        at = seeds.index(seed)
+        ring = [*seeds[at + 1 :], *seeds[:at], *range(max(seeds) + 1, max(seeds) + row.teachers)]
+        return ring[: row.teachers - 1]
+
+    def _spec(self, name, stage, purpose, title, row, seed, *, teacher=None, co_teachers=(), recipe=None) -> RunSpec:
         setting = self.setting(name)
-        recipe = self.params.recipes[setting.recipe]
+        recipe = self.params.recipes[recipe or setting.recipe]
         return RunSpec(
             profile=setting.profile,
             setting=name,
             stage=stage,
             purpose=purpose,
-            row=row,
+            row=title,
             dataset=setting.dataset,
             data_checksum=self.checksums[setting.dataset],
             held_out=self._held_out(setting, recipe, purpose),
-            network=setting.student if teacher else setting.teacher,
-            method=method,
-            hyperparameters=tuple(sorted(hyperparameters.items())),
+            network=setting.network(row.network),
+            method=row.method,
+            hyperparameters=tuple(sorted(row.hyperparameters.items())),
             recipe=recipe,
             seed=seed,
             teacher=teacher,
+            co_teachers=co_teachers,
+            images=row.images,
         )
 
     def _held_out(self, setting: Setting, recipe: Recipe, purpose: str) -> int:
@@ -194,11 +253,12 @@ class Planner:
 def check_methods(params: Params) -> None:
     """Build every row of every stage, and every cell of every grid, once. Raises ValueError naming the row."""
     for stage, rows in params.methods.items():
-        for row, values in rows.items():
-            cells = [cell for grid in params.grids.values() for cell in grid.cells(row)]
-            for cell in [{}, *cells]:
-                hyperparameters = {"method": row} | values | cell
-                try:
-                    build_method(hyperparameters.pop("method"), **hyperparameters)
-                except ValueError as error:
-                    raise ValueError(f"methods.{stage}.{row}: {error}") from error
+        for name, row in rows.items():
+            cells = [cell for grid in params.grids.values() for cell in grid.cells(name)]
+            try:
+                for cell in [{}, *cells]:
+                    build_method(row.method, **{**row.hyperparameters, **cell})
+                if row.taught_by:
+                    build_method(row.taught_by.method, **row.taught_by.hyperparameters)
+            except ValueError as error:
+                raise ValueError(f"methods.{stage}.{name}: {error}") from error

@@ -11,7 +11,9 @@ from torch import nn
 from toy import Plain
 
 from kdstudy.core import (
+    Clock,
     Method,
+    Phase,
     View,
     require_at_least_zero,
     require_choice,
@@ -205,3 +207,38 @@ def test_requirements_let_what_is_allowed_pass():
 def test_require_choice_lists_the_choices():
     with pytest.raises(ValueError, match="mode must be one of norm, layernorm, not 'sphere'"):
         require_choice("mode", "sphere", ("norm", "layernorm"))
+
+
+def test_a_clock_tells_how_much_of_a_phase_is_over():
+    clock = Clock()
+    clock.set(0, 8)
+    assert clock.done() == 0.125 and clock.warm_up(0.5) == 0.25 and clock.warm_up(0.0) == 1
+    clock.set(3, 8)
+    assert clock.warm_up(0.5) == 1
+    clock.set(7, 8)
+    assert clock.done() == 1 and clock.warm_up(0.5) == 1
+    assert set(clock.state_dict()) == {"epoch", "epochs"}
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, float("nan")])
+def test_a_phase_of_no_length_is_refused(share):
+    with pytest.raises(ValueError, match="share must be"):
+        Phase("hint", lambda *_: {}, share=share)
+
+
+def test_a_phase_lasts_its_share_of_the_epochs_and_at_least_one():
+    assert [Phase("hint", lambda *_: {}, share=0.125).epochs(epochs) for epochs in (240, 20, 1)] == [30, 2, 1]
+
+
+def test_members_keep_the_same_taps():
+    member = View(torch.ones(2, 3), stem=torch.ones(1), embedding=torch.ones(2, 4))
+    kept = View(torch.zeros(2, 3), embedding=torch.ones(2, 4), members=(member, member)).only(("members", "embedding"))
+    assert len(kept.members) == 2
+    assert all(each.stem is None and each.embedding is member.embedding for each in kept.members)
+    assert View(torch.zeros(2, 3), members=(member,)).only(("logits",)).members == ()
+
+
+def test_a_network_in_a_view_stays_as_it_is():
+    network = nn.Linear(2, 2)
+    view = View(torch.ones(1, 2, requires_grad=True), network=network).detach()
+    assert view.network is network and network.weight.requires_grad and not view.logits.requires_grad

@@ -289,3 +289,72 @@ def test_progress_reaches_the_end(folder):
     assert told[-1][0] == told[-1][1] == max(update[1] for update in told)
     assert "relative_v2 seed 1" in told[-1][2]
     assert os.environ.get("KDSTUDY_PROGRESS") is None
+
+
+def taught(rows: dict, **setting) -> dict:
+    tree = json.loads(json.dumps(TREE))
+    tree["methods"]["response"] = rows
+    tree["grids"]["small"]["rows"] = {}
+    tree["settings"]["stripes"] |= setting
+    return tree
+
+
+def test_runs_side_by_side_equal_those_one_after_the_other(folder):
+    def weights() -> dict[str, bytes]:
+        return {path.parent.name: path.read_bytes() for path in Path("store").glob("*/weights.safetensors")}
+
+    executor().run_stage("response")
+    alone = weights()
+    shutil.rmtree("store")
+    shutil.rmtree("runs")
+    write_params(TREE | {"profiles": {"quick": {"device": "cpu", "threads": 1, "workers": 2}}})
+    executor().run_stage("response")
+    assert len(alone) == 11 and weights() == alone
+
+
+def test_a_run_in_between_teaches_and_is_published_with_its_stage(folder, trained):
+    rows = {"ce": {}, "assisted": {"method": "kd", "taught_by": {"method": "kd", "network": "{middle}"}}}
+    write_params(taught(rows, seeds=[0], networks={"middle": "wrn_10_0.5"}))
+    specs = executor().run_stage("response")
+    assistant, student = [spec for spec in specs if spec.row.startswith("assisted")]
+    assert student.teacher == assistant and assistant.purpose == "teaching" and assistant.network == "wrn_10_0.5"
+    assert assistant.teacher.network == "cnn_small" and student.network == "wrn_10_0.25"
+    assert trained == ["CrossEntropy 0", "VanillaKD 0", "CrossEntropy 0", "VanillaKD 0"]
+    record = Store(Path("store"), Path("runs")).record(student)
+    assert record["teacher_run"] == assistant.id
+    assert {path.stem for path in Path("runs/quick/response/stripes").iterdir()} == {spec.id for spec in specs}
+    frame = open_ledger(store=Store(Path("store"), Path("runs"))).profile("quick")
+    assert set(frame["method"]) == {"teacher", "ce", "assisted"}
+
+
+def test_a_row_whose_network_the_setting_lacks_is_left_out(folder):
+    write_params(taught({"ce": {}, "kd": {"network": "{plain}"}}))
+    assert executor().ledger.planner.rows("stripes", "response") == ["ce"]
+
+
+def test_rows_that_are_not_defined_for_a_setting_are_left_out(folder):
+    write_params(taught({"ce": {}, "kd": {}}, without=["kd"]))
+    assert executor().ledger.planner.rows("stripes", "response") == ["ce"]
+
+
+def test_several_teachers_of_other_seeds_teach_together(folder, trained):
+    write_params(taught({"kd": {"teachers": 3}}))
+    first, second = executor().run_stage("response")
+    assert [teacher.seed for teacher in first.teachers] == [0, 1, 2]
+    assert [teacher.seed for teacher in second.teachers] == [1, 0, 2]
+    assert trained == [*(f"CrossEntropy {seed}" for seed in range(3)), "VanillaKD 0", "VanillaKD 1"]
+    assert first.id != executor().ledger.planner.final("stripes", "response", "kd", {})[1].id
+
+
+def test_a_share_of_the_images_is_trained_on(folder):
+    write_params(taught({"ce": {}, "few": {"method": "ce", "images": 0.5}}, seeds=[0]))
+    everything, few = executor().run_stage("response")
+    assert few.id != everything.id
+    bank = executor()._data.training(0, few.recipe, few.images)
+    assert len(bank) == 30 and bank.labels.bincount().tolist() == [10, 10, 10]
+
+
+def test_a_share_with_fewer_images_than_classes_is_refused(folder):
+    write_params(taught({"few": {"method": "ce", "images": 0.02}}, seeds=[0]))
+    with pytest.raises(ValueError, match=r"0\.02 of 60 training images are 1, fewer than the 3 classes"):
+        executor().run_stage("response")

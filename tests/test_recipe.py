@@ -6,6 +6,7 @@ import math
 import pytest
 from toy import keras_epochs
 
+from kdstudy.core import Phase
 from kdstudy.recipe import Plateau, Recipe
 
 VALID = {"epochs": 200, "batch": 128, "learning_rate": 0.1}
@@ -70,3 +71,20 @@ def test_field_out_of_range_is_named(field, value):
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(ValueError, match="nesterov needs a momentum above 0"):
         Recipe(**VALID, nesterov=True, momentum=0.0)
+
+
+def test_a_phase_scales_milestones_and_runs_out_a_plateau():
+    recipe = Recipe(epochs=200, batch=8, learning_rate=0.1, milestones=(60, 120, 160))
+    short = recipe.for_phase(Phase("heads", lambda *_: {}, share=0.3, recipe={"learning_rate": 0.5}))
+    assert (short.epochs, short.milestones, short.learning_rate) == (60, (18, 36, 48), 0.5)
+    assert recipe.for_phase(Phase("distil", lambda *_: {})) == recipe
+    plateau = Recipe(epochs=20, batch=8, learning_rate=0.1, schedule="plateau")
+    assert plateau.for_phase(Phase("heads", lambda *_: {}, share=0.5)).schedule == "step"
+    assert plateau.for_phase(Phase("distil", lambda *_: {})).schedule == "plateau"
+
+
+def test_milestones_that_fall_together_in_a_short_phase_count_once():
+    recipe = Recipe(epochs=20, batch=8, learning_rate=0.1, milestones=(10, 12))
+    assert recipe.for_phase(Phase("heads", lambda *_: {}, share=0.1)).milestones == (1,)
+    # never at the first epoch: that would be another learning rate to begin with
+    assert recipe.for_phase(Phase("heads", lambda *_: {}, share=0.01)).milestones == (1,)

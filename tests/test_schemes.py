@@ -23,7 +23,8 @@ from toy import (
     tiny_teacher,
 )
 
-from kdstudy.core import Method, View
+from kdstudy.checkpoint import load_weights, save_weights
+from kdstudy.core import Clock, Method, Phase, View, without_decay
 from kdstudy.evaluate import logits_of
 from kdstudy.models import build_model
 from kdstudy.response import SphericalKD, VanillaKD
@@ -253,3 +254,91 @@ def test_the_studys_networks_distil_into_each_other(names):
     # the method adds a small number under the root, these networks' logits are small
     torch.testing.assert_close(scheme.adapters["teacher_norm"].mean, norms.mean(), rtol=1e-5, atol=0)
     assert all(torch.isfinite(term) for term in terms.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeps(Method):
+    """A student that keeps an adapter and predicts with it; notes the clock and the indices that its loss sees."""
+
+    kind: ClassVar[str] = "feature"
+    paper: ClassVar[str] = "none"
+    reads: ClassVar[tuple[str, ...]] = ("embedding", "indices", "census", "network")
+    deploys: ClassVar[tuple[str, ...]] = ("head",)
+    least_batch: ClassVar[int] = 3
+    seen: ClassVar[list[tuple]] = []
+
+    def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
+        self.seen.append((student, teacher))
+        head = nn.Linear(student.embedding.shape[1], student.logits.shape[1])
+        free = nn.Module()
+        free.rho = without_decay(nn.Parameter(torch.ones(2)))
+        return nn.ModuleDict({"head": head, "clock": Clock(), "free": free})
+
+    def predict(self, student: View, adapters: nn.ModuleDict) -> Tensor:
+        return adapters["head"](student.embedding)
+
+    def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
+        clock = adapters["clock"]
+        self.seen.append((student, teacher, clock.epoch.item(), clock.epochs.item()))
+        return (self.predict(student, adapters) - teacher.logits).square().mean() + adapters["free"].rho.sum() * 0
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("first", self.objective, share=0.5), Phase("then", self.objective))
+
+
+@pytest.fixture
+def kept():
+    Keeps.seen.clear()
+    return make_scheme(Keeps(ce_weight=0.0))
+
+
+def test_a_student_is_deployed_with_the_adapters_that_it_keeps(kept, tmp_path):
+    images = a_batch().images
+    kept.eval()
+    embedding = kept.student(images).embedding
+    torch.testing.assert_close(kept.deployed(images).logits, kept.adapters["head"](embedding), rtol=0, atol=0)
+    assert {name.split(".")[0] for name in kept.deployed.state_dict()} == {"student", "adapters"}
+    assert not any("free" in name for name in kept.deployed.state_dict())
+    save_weights(kept.deployed, tmp_path / "weights")
+    other = make_scheme(Keeps(), seed=1)
+    load_weights(other.deployed, tmp_path / "weights")
+    other.eval()
+    assert torch.equal(other.deployed(images).logits, kept.deployed(images).logits)
+
+
+def test_right_answers_are_those_of_the_deployed_logits(kept):
+    batch = a_batch()
+    phase = kept.phases()[-1]
+    kept.set_modes(phase)
+    counts = kept.losses(phase, kept.turns(phase)[0], batch, None).counts
+    student = Keeps.seen[-1][0]
+    expected = (kept.adapters["head"](student.embedding).argmax(dim=1) == batch.labels).sum()
+    assert counts["correct"] == expected
+
+
+def test_the_clock_is_set_at_every_epoch_of_every_phase_and_images_are_named(kept):
+    bank = make_bank(*pictures(), padding=1)
+    training = make_training(kept, make_recipe(epochs=4))
+    Keeps.seen.clear()
+    training.run()
+    times = [(epoch, epochs) for _, _, epoch, epochs in Keeps.seen]
+    assert times == [(epoch, 2) for epoch in range(2) for _ in range(3)] + [
+        (epoch, 4) for epoch in range(4) for _ in range(3)
+    ]
+    first_epoch = torch.cat([student.indices for student, *_ in Keeps.seen[:3]])
+    assert sorted(first_epoch.tolist()) == list(range(len(bank)))
+    student, teacher, *_ = Keeps.seen[0]
+    assert torch.equal(student.indices, teacher.indices)
+    assert student.network is kept.student and teacher.network is kept._teacher[0]
+
+
+def test_weight_decay_leaves_marked_parameters_alone(kept):
+    training = make_training(kept, make_recipe(epochs=2, weight_decay=0.5))
+    training.run()
+    assert torch.equal(kept.adapters["free"].rho, torch.ones(2, dtype=torch.float64))
+
+
+def test_an_odd_last_batch_that_is_too_small_is_refused_before_training(kept):
+    with pytest.raises(ValueError, match="batches of 7 leave a last one of 1 of the 22 training images"):
+        make_training(kept, make_recipe(batch=7))
+    make_training(kept, make_recipe(batch=19))

@@ -13,9 +13,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kdstudy"
 FLOORS = (
-    {"core", "files"},
-    {"image_set", "recipe", "progress", "edits", "adapters"},
-    {"sources", "data", "models", "response", "relative"},
+    {"core", "files", "workers"},
+    {"image_set", "recipe", "progress", "edits", "adapters", "blocks", "margins", "heads"},
+    {"sources", "data", "models", "response", "relative", "attention", "hints", "exits", "boundaries", "cross_layer", "reuse"},
     {"schemes", "evaluate", "checkpoint", "params"},
     {"train"},
     {"device", "study"},

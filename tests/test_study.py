@@ -117,5 +117,6 @@ def test_every_method_describes_itself(key):
 
 def test_every_method_has_a_row():
     rows = load_params(ROOT / "params.yaml").methods.values()
-    used = {values.get("method", row) for stage in rows for row, values in stage.items()}
+    used = {row.method for stage in rows for row in stage.values()}
+    used |= {row.taught_by.method for stage in rows for row in stage.values() if row.taught_by}
     assert used == set(METHODS)
