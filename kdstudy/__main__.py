@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    methods = commands.add_parser("methods", help="list every method: key, kind, scheme, phases, paper")
+    methods = commands.add_parser("methods", help="list every method: key, kind, scheme, phases, parameters, paper")
     methods.add_argument("--json", action="store_true", help="for machines: a list of objects")
     methods.set_defaults(command=_methods)
 
@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after 90s, 25m or 2h; call again to go on")
     run.add_argument("--out", type=Path, help="keep runs in this folder instead of the run store")
     run.set_defaults(command=_run)
+
+    costs = commands.add_parser("costs", help="time and memory of every method's training step, beside vanilla KD's")
+    costs.add_argument("setting", help="a setting of params.yaml")
+    costs.add_argument("--batch", type=int, default=64, help="images in the step")
+    costs.add_argument("--repeats", type=int, default=5, help="steps that the median is taken of")
+    costs.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    costs.add_argument("--out", type=Path, default=Path("reports/costs"), help="folder of the table SETTING.csv")
+    costs.set_defaults(command=_costs)
 
     commands.add_parser("notebook", help="execute a notebook: SOURCE OUTPUT NAME=VALUE ...")
 
@@ -78,14 +86,22 @@ def _seconds(text: str) -> float:
 
 
 def _methods(arguments: argparse.Namespace) -> None:
-    from kdstudy.study import METHODS, describe_method
+    from kdstudy.costs import extra_parameters
+    from kdstudy.params import load_params
+    from kdstudy.study import METHODS, Planner, describe_method
 
-    rows = [describe_method(key) for key in METHODS]
+    params = load_params()
+    extra = extra_parameters(Planner(params, dict.fromkeys(params.datasets, "")))
+    rows = [describe_method(key) | {"extra_parameters": extra[key]} for key in METHODS]
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
+    print("extra parameters: trained beside the student and dropped, for WRN-40-2 and WRN-16-2 with 100 classes\n")
+    print(f"{'key':<24} {'kind':<9} {'scheme':<14} {'phases':<22} {'extra':>9}  paper")
     for row in rows:
-        print(f"{row['key']:<18} {row['kind']:<9} {row['scheme']:<8} {','.join(row['phases']):<8} {row['paper']}")
+        number = "-" if row["extra_parameters"] is None else f"{row['extra_parameters']:,}"
+        phases = ", ".join(row["phases"]) or "none"
+        print(f"{row['key']:<24} {row['kind']:<9} {row['scheme']:<14} {phases:<22} {number:>9}  {row['paper']}")
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -121,6 +137,33 @@ def _run(arguments: argparse.Namespace) -> None:
             specs = ledger.runs(arguments.setting, arguments.stage)
             print("the budget is spent; the same command goes on from here. On record so far:")
     print(ledger.frame(specs)[["method", "purpose", "seed", "test_accuracy", "status", "run"]].to_string(index=False))
+
+
+def _costs(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from kdstudy.costs import step_costs
+    from kdstudy.device import DataOnDevice, choose_device, data_path
+    from kdstudy.files import write_text
+    from kdstudy.image_set import read_image_set
+    from kdstudy.params import load_params
+    from kdstudy.schemes import Batch
+    from kdstudy.study import Planner
+
+    params = load_params()
+    planner = Planner(params, dict.fromkeys(params.datasets, ""))
+    setting = planner.setting(arguments.setting)
+    images = read_image_set(data_path(setting.dataset))
+    data = DataOnDevice(images, choose_device(arguments.device))
+    bank = data.training(0, params.recipes[setting.recipe])
+    pixels = next(bank.plain(arguments.batch))
+    indices = torch.arange(len(pixels), device=pixels.device)
+    batch = Batch(pixels, bank.labels[: len(pixels)], indices, strong=pixels, census=bank.labels)
+    table = step_costs(planner, arguments.setting, batch, images.classes, repeats=arguments.repeats, tell=print)
+    path = arguments.out / f"{arguments.setting}.csv"
+    write_text(path, table.round(4).to_csv(index=False, lineterminator="\n"))
+    print(table.drop(columns="seconds").round(2).to_string(index=False))
+    print(f"written: {path}")
 
 
 def _format(arguments: argparse.Namespace) -> None:

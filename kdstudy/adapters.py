@@ -1,7 +1,11 @@
 """Modules and functions by which two networks' maps are made comparable: one size, one width."""
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kdstudy.core import View
 
 
 def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,3 +23,32 @@ def widen(inputs: int, outputs: int) -> nn.Module:
     if inputs == outputs:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+
+
+def paired_maps(student: View, teacher: View) -> list[tuple[Tensor, Tensor]]:
+    """The maps of two networks stage by stage, each pair at one size.
+
+    Raises ValueError unless the networks have equally many stages, at least one.
+    """
+    mine, its = len(student.maps), len(teacher.maps)
+    if not mine or mine != its:
+        raise ValueError(f"student and teacher must have equally many stages, at least one, not {mine} and {its}")
+    return [same_size(*pair) for pair in zip(student.maps, teacher.maps, strict=True)]
+
+
+SHORTEST = 1e-6  # a shorter vector has no direction: what is left of it is rounding
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """Vectors (..., D) at length 1; one shorter than `SHORTEST` becomes zero and passes no gradient on."""
+    squares = vectors.square().sum(dim=-1, keepdim=True)
+    return vectors * (squares.clamp(min=SHORTEST**2).rsqrt() * (squares > SHORTEST**2))
+
+
+def require_taps(taps: Iterable[str], student: View, teacher: View) -> None:
+    """Raise a ValueError unless both networks show all of these taps."""
+    for who, view in (("student", student), ("teacher", teacher)):
+        for tap in taps:
+            shown = getattr(view, tap)
+            if shown is None or (isinstance(shown, tuple) and not shown):
+                raise ValueError(f"the {who} shows no {tap}, which the method compares: choose another network")

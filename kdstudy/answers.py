@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,9 @@ from kdstudy.checkpoint import load_weights
 from kdstudy.core import Method
 from kdstudy.data import Draws, ImageBank
 from kdstudy.device import DataOnDevice, data_path
-from kdstudy.evaluate import logits_of
+from kdstudy.evaluate import logits_of, score
+from kdstudy.few_samples import pruned_state
+from kdstudy.heads import Exit
 from kdstudy.image_set import holdout_split, read_image_set
 from kdstudy.relative import EarthMover
 from kdstudy.results import Ledger
@@ -125,16 +128,31 @@ def teacher_answers(ledger: Ledger, spec: RunSpec, device: torch.device) -> dict
     first epoch; "test". Raises FileNotFoundError if its weights are not on this machine: a record says how good it was,
     but not what it answers.
     """
-    weights = ledger.store.weights(spec.id)
-    if not weights.exists():
-        raise FileNotFoundError(
-            f"what the teacher {spec} answers cannot be shown without its weights: bring {weights} from where it was "
-            f"trained, or remove its record {ledger.store.published_path(spec)} to have it trained here"
-        )
-    images = read_image_set(data_path(spec.dataset))
-    data = DataOnDevice(images, device)
+    return _parts(*trained(ledger, spec, device), spec)
+
+
+@torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+def exit_answers(ledger: Ledger, spec: RunSpec, device: torch.device) -> list[dict[str, Answers]]:
+    """`teacher_answers` of every head of a teacher with heads, shallow to deep, and last those of its classifier."""
+    network, data = trained(ledger, spec, device)
+    exits = (Exit(network, number) for number in range(len(network.heads)))
+    return [_parts(each, data, spec) for each in (*exits, network)]
+
+
+def trained(ledger: Ledger, spec: RunSpec, device: torch.device) -> tuple[nn.Module, DataOnDevice]:
+    """The network of a finished run, in eval mode, and its data.
+
+    Raises FileNotFoundError if its weights are not on this machine, BadFile if it keeps adapters.
+    """
+    weights = _weights(ledger, spec)
+    data = DataOnDevice(read_image_set(data_path(spec.dataset)), device)
     network = data.build(spec.network, spec.recipe)
     load_weights(network, weights)
+    return network.eval(), data
+
+
+def _parts(network: nn.Module, data: DataOnDevice, spec: RunSpec) -> dict[str, Answers]:
+    images = data.images
     bank, test = data.training(spec.held_out, spec.recipe), data.watched(0, spec.recipe)["test"]
     kept = holdout_split(images.y_train, spec.held_out)[0] if spec.held_out else np.arange(len(images.y_train))
     order, moved = _first_epoch(network, bank, spec)
@@ -147,6 +165,30 @@ def teacher_answers(ledger: Ledger, spec: RunSpec, device: torch.device) -> dict
         part: Answers(logits.double().cpu(), labels.cpu(), pixels, images.class_names)
         for part, (logits, labels, pixels) in parts.items()
     }
+
+
+def _weights(ledger: Ledger, spec: RunSpec) -> Path:
+    weights = ledger.store.weights(spec.id)
+    if not weights.exists():
+        raise FileNotFoundError(
+            f"what {spec} answers cannot be shown without its weights: bring {weights} from where it was "
+            f"trained, or remove its record {ledger.store.published_path(spec)} to have it trained here"
+        )
+    return weights
+
+
+def before_alignment(ledger: Ledger, spec: RunSpec, device: torch.device) -> float:
+    """Test accuracy (percent) of the pruned teacher that a few-sample run starts from, before anything is aligned.
+
+    Raises FileNotFoundError if the teacher's weights are not on this machine.
+    """
+    weights = _weights(ledger, spec.teacher)
+    data = DataOnDevice(read_image_set(data_path(spec.dataset)), device)
+    teacher, student = (data.build(network, spec.recipe) for network in (spec.teacher.network, spec.network))
+    load_weights(teacher, weights)
+    student.load_state_dict(pruned_state(student, teacher))
+    test = data.watched(0, spec.recipe)["test"]
+    return score(logits_of(student, test), test.labels).accuracy
 
 
 @torch.no_grad()

@@ -69,7 +69,8 @@ class Phase:
     `objective` maps (student view, teacher view, labels, adapters) to named, weighted terms; their sum is minimised.
     `trains` names modules of the scheme ("student", "student.stages.0", "adapters.regressor"): only they get gradient
     steps and only they are in train mode. The phase lasts `share` of the run's epochs, at least one, with milestones
-    scaled likewise; `recipe` overrides fields of the run's recipe for this phase.
+    scaled likewise, and starts at `rate` times the run's learning rate; `recipe` overrides fields of the run's recipe
+    for this phase.
     """
 
     name: str
@@ -77,10 +78,12 @@ class Phase:
     trains: tuple[str, ...] = ("student", "adapters")
     recipe: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a length that is none."""
+        """Refuse a length or a learning rate that is none."""
         require_positive("share", self.share)
+        require_positive("rate", self.rate)
 
     def epochs(self, usual: int) -> int:
         """How many epochs the phase lasts at most, in a run whose recipe says `usual`."""

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdstudy.augment import LEVELS, OPERATIONS, StrongDraw, cut_out, rand_augment
+
 
 class ImageBank:
     """Images that stay on the device as uint8, padded once, and come out as normalised batches.
@@ -39,9 +41,20 @@ class ImageBank:
         Returns normalised (B, C, H, W) in channels-last memory order. One gather: the bank is seen as a tensor of all
         its crops without a copy being made of any.
         """
+        return self._normalise(self._crops(index, shift, flip))
+
+    def strong(self, index: Tensor, draw: StrongDraw) -> Tensor:
+        """The images `index` (B,) with a crop and mirroring of their own, RandAugment and cutout, in this order.
+
+        Returns normalised (B, C, H, W) in channels-last memory order. Images must have 1 or 3 channels.
+        """
+        crops = self._crops(index, draw.shift.long(), draw.flip).permute(0, 3, 1, 2)
+        changed = rand_augment(crops, draw.operations, draw.strengths)
+        return cut_out(self._normalise(changed.permute(0, 2, 3, 1).contiguous()), draw.cut)
+
+    def _crops(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
         crops = self._windows[index, shift[:, 0], shift[:, 1]]
-        crops = torch.where(flip[:, None, None, None], crops.flip(2), crops)
-        return self._normalise(crops)
+        return torch.where(flip[:, None, None, None], crops.flip(2), crops)
 
     def _normalise(self, crops: Tensor) -> Tensor:
         return ((crops.to(self._shift.dtype) - self._shift) * self._scale).permute(0, 3, 1, 2)
@@ -60,34 +73,64 @@ class Draws:
     """All random numbers that the data of a training phase needs, for every epoch, drawn before it starts.
 
     `order` (E, N) int32 visits every image once an epoch; `shift` (E, N, 2) uint8 and `flip` (E, N) bool belong to the
-    image visited at that position. They depend on seed, stream, N and augmentation only, and epoch e does not depend on
-    how many epochs follow, so runs of one seed are paired whatever their method and device.
+    image visited at that position, as does what `strong` holds, (E, N, ...), for runs that need it. They depend on
+    seed, stream, N and augmentation only, and epoch e does not depend on how many epochs follow, so runs of one seed
+    are paired whatever their method and device.
     """
 
     order: Tensor
     shift: Tensor
     flip: Tensor
+    strong: StrongDraw | None = None
 
     @classmethod
     def make(
-        cls, *, seed: int, stream: int, epochs: int, images: int, padding: int, flip: bool, device: torch.device
+        cls,
+        *,
+        seed: int,
+        stream: int,
+        epochs: int,
+        images: int,
+        padding: int,
+        flip: bool,
+        device: torch.device,
+        strong: bool = False,
     ) -> "Draws":
-        """Draw on the CPU, then move to the device. Streams of one seed are unrelated."""
-        parts = [_epoch_draws(seed, stream, epoch, images, padding, flip) for epoch in range(epochs)]
-        return cls(*(torch.from_numpy(np.stack(part)).to(device) for part in zip(*parts, strict=True)))
+        """Draw on the CPU, then move to the device. Streams of one seed are unrelated; `strong` changes no other."""
+        parts = [_epoch_draws(seed, stream, epoch, images, padding, flip, strong) for epoch in range(epochs)]
+        drawn = [torch.from_numpy(np.stack(part)).to(device) for part in zip(*parts, strict=True)]
+        return cls(*drawn[:3], StrongDraw(*drawn[3:]) if strong else None)
 
     def batch(self, epoch: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """(index, shift, flip) of positions start..stop of an epoch, ready for `ImageBank.augmented`."""
         at = slice(start, stop)
         return self.order[epoch, at].long(), self.shift[epoch, at].long(), self.flip[epoch, at]
 
+    def strong_batch(self, epoch: int, start: int, stop: int) -> StrongDraw | None:
+        """What `ImageBank.strong` needs for the same positions; None if it was not drawn."""
+        return self.strong and StrongDraw(*(part[epoch, start:stop] for part in self.strong))
 
-def _epoch_draws(seed: int, stream: int, epoch: int, images: int, padding: int, flip: bool) -> tuple[np.ndarray, ...]:
+
+def _epoch_draws(
+    seed: int, stream: int, epoch: int, images: int, padding: int, flip: bool, strong: bool
+) -> tuple[np.ndarray, ...]:
     # numpy promises the raw stream of a bit generator, but not what a Generator makes of it
     generator = np.random.Philox(np.random.SeedSequence([seed, stream, epoch]))
     order = np.argsort(generator.random_raw(images), kind="stable").astype(np.int32)
-    bits = generator.random_raw(images)
-    shifts = 2 * padding + 1
-    shift = np.stack([(bits & 0xFFFF) * shifts >> 16, (bits >> 16 & 0xFFFF) * shifts >> 16], axis=1).astype(np.uint8)
-    mirrored = (bits >> 63).astype(bool) & flip
-    return order, shift, mirrored
+    drawn = (order, *_crop(generator.random_raw(images), padding, flip))
+    if not strong:
+        return drawn
+    where, how, cut = (generator.random_raw(images) for _ in range(3))
+    operations = _below(len(OPERATIONS), how, how >> 16)
+    strengths = _below(LEVELS, how >> 32, how >> 48)
+    return (*drawn, *_crop(where, padding, flip), operations, strengths, _below(LEVELS, cut, cut >> 16, cut >> 32))
+
+
+def _crop(bits: np.ndarray, padding: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Shift and flip of images, from 64 random bits each: those from 0, from 16, and the last."""
+    return _below(2 * padding + 1, bits, bits >> 16), (bits >> 63).astype(bool) & flip
+
+
+def _below(limit: int, *bits: np.ndarray) -> np.ndarray:
+    """Whole numbers under `limit`, one column for each array, from its last 16 bits."""
+    return np.stack([(part & 0xFFFF) * limit >> 16 for part in bits], axis=1).astype(np.uint8)

@@ -85,8 +85,19 @@ class Executor:
     def run_stage(self, stage: str) -> list[RunSpec]:
         """Train whatever the stage lacks, cells of grids before final runs, and publish all of its records."""
         specs = self.make_chosen(stage)
-        self.store.publish(specs)
+        self.store.publish(self.ledger.planner.setting(self.setting).profile, stage, self.setting, specs)
+        if self.ledger.planner.setting(self.setting).ensembles:
+            self._publish_ensembles(spec for spec in specs if spec.purpose == "final")
         return specs
+
+    def _publish_ensembles(self, specs: Iterable[RunSpec]) -> None:
+        """Score the final runs of every row together, where their weights are here."""
+        for _, group in groupby(sorted(specs, key=lambda spec: spec.row), key=lambda spec: spec.row):
+            runs = sorted(group, key=lambda spec: spec.seed)
+            if all(self.store.weights(spec.id).exists() for spec in runs):
+                test = self._data.watched(0, runs[0].recipe)["test"]
+                together = Ensemble([self._teacher(spec) for spec in runs])
+                self.store.publish_ensemble(runs, self._accuracy(logits_of(together, test), test))
 
     def make_chosen(
         self, stage: str, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None

@@ -1,8 +1,10 @@
 """Every figure of the study, each a function from plain data to a matplotlib `Figure`; nothing else draws."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib.style
@@ -11,18 +13,28 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kdstudy.answers import Sample, Target
 from kdstudy.files import atomic_write
+from kdstudy.insides import Looks, Sides
 from kdstudy.tables import label, thesis_title
 
 DPI = 120
 WIDTH = 8.4  # inches; a README column
 INK, SOFT, GRID = "#24292f", "#8c959f", "#e6e8eb"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito's palette, apart for every kind of sight
+LINES = (  # of the same palette, each with a marker of its own
+    {"color": INK, "marker": "o"},
+    {"color": BLUE, "marker": "s"},
+    {"color": ORANGE, "marker": "^"},
+    {"color": GREEN, "marker": "v"},
+    {"color": "#cc79a7", "marker": "D"},
+    {"color": "#56b4e9", "marker": "P"},
+)
+SIDESTEP = 1.06  # of points that would lie upon each other, on an axis of logarithms
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure is the same on every machine
     "font.size": 9,
@@ -333,6 +345,75 @@ def _mean_curve(runs: Sequence[pd.DataFrame]) -> pd.Series:
 
 
 @styled
+def attention_maps(seen: Looks, images: int = 5) -> Figure:
+    """Where teacher and students look in the first test images: over each image, its map of every stage, enlarged.
+
+    The brighter a place, the more a network responds there; each panel has its own scale.
+    """
+    networks = {"teacher": seen.teacher, **seen.students}
+    stages, images = len(seen.teacher), min(images, len(seen.images))
+    widths = [1, *[0.12, *[1] * len(networks)] * stages]  # each stage behind a gap
+    size = WIDTH / sum(widths)
+    figure = _figure(height=images * size + 0.5)
+    grid = figure.add_gridspec(images, len(widths), width_ratios=widths)
+    for row, image in enumerate(seen.images[:images]):
+        _draw_image(figure.add_subplot(grid[row, 0]), image)
+        for stage, (place, (name, maps)) in product(range(stages), enumerate(networks.items(), start=2)):
+            ax = figure.add_subplot(grid[row, place + stage * (1 + len(networks))])
+            _overlay(ax, image, maps[stage][row].numpy())
+            if not row:
+                _name_column(ax, name, stage + 1, maps[stage].shape[1:])
+    return figure
+
+
+def _name_column(ax: Axes, name: str, stage: int, sides: Sequence[int]) -> None:
+    ax.set_title(label(name).replace(" ", "\n"), fontsize=6.5, loc="center", pad=3)
+    if name == "teacher":
+        note = {"xytext": (0, 22), "textcoords": "offset points", "fontsize": 8, "annotation_clip": False}
+        ax.annotate(f"stage {stage}: " + " x ".join(map(str, sides)), (0, 1), xycoords="axes fraction", **note)
+
+
+def _overlay(ax: Axes, image: np.ndarray, looked: np.ndarray) -> None:
+    grey = image.mean(axis=2)
+    height, width = grey.shape
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
+    ax.imshow(
+        looked, cmap="inferno", alpha=0.7, interpolation="bilinear", extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+    )
+    ax.axis("off")
+
+
+@styled
+def boundaries(seen: Sides, images: int = 3) -> Figure:
+    """Which neurons of the teacher's last stage are on for the first test images, and what students say of them.
+
+    A strip per network: one row for each position of the map, one column for each channel. Blue is on, grey off, orange
+    where a student says the opposite of the teacher.
+    """
+    networks = {"teacher": seen.teacher.numpy()} | {name: on.numpy() for name, on in seen.students.items()}
+    images = min(images, len(seen.images))
+    figure = _figure(height=images * (0.3 * len(networks) + 0.2) + 0.4)
+    grid = figure.add_gridspec(images, 2, width_ratios=[1, 7])
+    for number in range(images):
+        _draw_image(figure.add_subplot(grid[number, 0]), seen.images[number])
+        strips = grid[number, 1].subgridspec(len(networks), 1)
+        for strip, (name, on) in zip(strips, networks.items(), strict=True):
+            _strip(figure.add_subplot(strip), name, on[number], networks["teacher"][number])
+    figure.supxlabel("channel of the teacher's last stage", fontsize=9)
+    return figure
+
+
+def _strip(ax: Axes, name: str, on: np.ndarray, teacher: np.ndarray) -> None:
+    wrong = on != teacher
+    colors = ListedColormap([GRID, BLUE, ORANGE])
+    ax.imshow(np.where(wrong, 2, on), cmap=colors, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    said = f"{100 * on.mean():.0f} % on" if name == "teacher" else f"{100 - 100 * wrong.mean():.0f} % agree"
+    ax.set_ylabel(f"{label(name)}\n{said}", rotation=0, ha="right", va="center", fontsize=7.5)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+@styled
 def published_and_ours(table: pd.DataFrame, title: str) -> Figure:
     """Published accuracy (diamond) and ours (dot with 95 % interval) by method, from `tables.thesis_table`.
 
@@ -369,6 +450,57 @@ def _accuracy_window(table: pd.DataFrame) -> tuple[float, float]:
     near = values[(values - values.median()).abs() <= 10]
     margin = max(0.06 * float(np.ptp(near)), 0.3)
     return float(near.min()) - margin, float(near.max()) + margin
+
+
+@styled
+def share_curves(results: pd.DataFrame) -> Figure:
+    """Test accuracy (percent) by share of the training images, from `lesson.by_share`: a line for each method.
+
+    It joins the means over seeds; dots and bars are the seeds and their range. The grey line is the teachers' mean.
+    """
+    final = results[(results.purpose == "final") & results.test_accuracy.notna()]
+    figure = _figure(height=3.6)
+    ax = figure.subplots()
+    ax.set(xscale="log", xlabel="share of the training images", ylabel="test accuracy (%)")
+    ax.grid(axis="y")
+    if final.empty:
+        ax.set_title("No run has finished.")
+        return figure
+    ax.axhline(final.teacher_accuracy.mean(), color=SOFT, lw=1, label="Teacher")
+    methods = final.method.unique()
+    places = SIDESTEP ** np.linspace(-1, 1, len(methods))
+    for method, place, look in zip(methods, places, itertools.cycle(LINES)):  # noqa: B905 - as many looks as needed
+        _share_line(ax, final[final.method == method], place, label=label(method), **look)
+    shares = sorted(final.share.unique())
+    ax.set_xticks(shares, [f"{share:g} %" for share in shares])
+    ax.set_xticks([], minor=True)
+    ax.set_xlim(shares[0] / 1.3, shares[-1] * 1.3)
+    names = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda name: -name[0].get_ydata()[-1])
+    figure.legend(*zip(*names, strict=True), loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def _share_line(ax: Axes, runs: pd.DataFrame, place: float, **look) -> None:
+    at_share = runs.groupby("share").test_accuracy
+    x = at_share.mean().index * place
+    ax.vlines(x, at_share.min(), at_share.max(), color=look["color"], lw=1, alpha=0.5)
+    ax.plot(runs.share * place, runs.test_accuracy, "o", ms=2.5, color=look["color"], alpha=0.6)
+    ax.plot(x, at_share.mean(), ms=5, lw=1.2, **look)
+
+
+def show_curves_by_share(histories: pd.DataFrame, folder: Path) -> list[Image]:
+    """`method_curves` of the runs on each share of the images below all of them, as learning_curves_<percent>.png.
+
+    `histories` are those of `lesson.by_share`. Shares on which nothing was trained by gradient have none.
+    """
+    shares = sorted(share for share in histories.share.unique() if share < 100)
+    return [_show_share(histories[histories.share == share], share, folder) for share in shares]
+
+
+def _show_share(histories: pd.DataFrame, share: float, folder: Path) -> Image:
+    figure = method_curves(histories)
+    figure.suptitle(f"{share:g} % of the training images", x=0.01, ha="left", fontsize=9)
+    return show(figure, folder / f"learning_curves_{share:g}.png")
 
 
 def show_forests(tables: Mapping[str, pd.DataFrame], folder: Path) -> list[Image]:

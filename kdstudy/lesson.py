@@ -1,6 +1,7 @@
 """What the notebooks show beside figures and readings: source code, small tables, images as the loop sees them."""
 
 import inspect
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -14,12 +15,16 @@ from IPython.display import Markdown
 from torch import Tensor
 
 from kdstudy.answers import Sample, edited
+from kdstudy.augment import StrongDraw
 from kdstudy.core import Method, View
 from kdstudy.data import Draws, ImageBank
-from kdstudy.image_set import ImageSet, holdout_split
+from kdstudy.device import DataOnDevice
+from kdstudy.few_samples import FewSample
+from kdstudy.image_set import ImageSet, channel_statistics, holdout_split
 from kdstudy.models import build_model, count_parameters
 from kdstudy.recipe import Recipe
-from kdstudy.study import METHODS, Planner
+from kdstudy.results import Ledger
+from kdstudy.study import METHODS, Planner, RunSpec
 from kdstudy.tables import (
     comparison_table,
     label,
@@ -96,19 +101,36 @@ def samples(images: ImageSet, columns: int = 10, rows: int = 2) -> tuple[np.ndar
     return images.x_train[[index for index, _ in picked]], [images.class_names[c] for _, c in picked]
 
 
-def crops(images: ImageSet, recipe: Recipe, seed: int, image: int = 0, epochs: int = 10) -> np.ndarray:
-    """One training image (epochs, H, W, C) uint8 as the loop shows it in the first epochs of a run of this seed."""
-    black, white = np.zeros(images.channels), np.ones(images.channels)
+def crops(
+    images: ImageSet, recipe: Recipe, seed: int, image: int = 0, epochs: int = 10, strong: bool = False
+) -> np.ndarray:
+    """One training image (epochs, H, W, C) uint8 as the loop shows it in the first epochs of a run of this seed.
+
+    `strong` gives the strongly augmented views instead, which only some methods ask for.
+    """
+    mean, one = channel_statistics(images.x_train)[0], np.ones(images.channels)
     here, padding = torch.device("cpu"), recipe.crop_padding
     bank = ImageBank(
-        images.x_train, images.y_train, mean=black, std=white, padding=padding, device=here, dtype=torch.float32
+        images.x_train, images.y_train, mean=mean, std=one, padding=padding, device=here, dtype=torch.float64
     )
     draws = Draws.make(
-        seed=seed, stream=0, epochs=epochs, images=len(bank), padding=padding, flip=recipe.flip, device=here
+        seed=seed,
+        stream=0,
+        epochs=epochs,
+        images=len(bank),
+        padding=padding,
+        flip=recipe.flip,
+        device=here,
+        strong=strong,
     )
     at = torch.arange(epochs), (draws.order == image).long().argmax(dim=1)
-    views = bank.augmented(draws.order[at].long(), draws.shift[at].long(), draws.flip[at])
-    return views.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    index = draws.order[at].long()
+    if strong:
+        views = bank.strong(index, StrongDraw(*(part[at] for part in draws.strong)))
+    else:
+        views = bank.augmented(index, draws.shift[at].long(), draws.flip[at])
+    # the mean stays in until here, as a cutout has its colour
+    return (views.permute(0, 2, 3, 1).numpy() + mean).round().astype(np.uint8)
 
 
 def taps_table(network: str, images: ImageSet) -> Markdown:
@@ -153,6 +175,77 @@ def _row(planner: Planner, setting: str, stage: str, row: str) -> tuple[str, ...
     return f"`{row}`", label(row), f"`{METHODS[spec.method].__name__}`", values, str(cells or "")
 
 
+def on_all_images(ledger: Ledger, setting: str, stage: str) -> list[RunSpec]:
+    """The final runs, in other stages, of the rows that this stage has on fewer images under the name row_percent."""
+    planner = ledger.planner
+    tried = {_without_share(spec.row, spec.images) for spec in _first_specs(planner, setting, stage)}
+    others = [other for other in planner.params.methods if other != stage]
+    rows = [(other, row) for other in others for row in planner.rows(setting, other) if row in tried]
+    return [spec for other, row in rows for spec in ledger.final(setting, other, row)]
+
+
+def by_share(frame: pd.DataFrame, specs: Iterable[RunSpec]) -> pd.DataFrame:
+    """Runs or epochs of these specs with the `share` of the training images (percent) out of the method's name."""
+    if frame.empty:
+        return frame.assign(share=[])
+    images = frame.run.map({spec.id: spec.images for spec in specs})
+    methods = [_without_share(*pair) for pair in zip(frame.method, images, strict=True)]
+    return frame.assign(method=methods, share=[_percent(share) for share in images])
+
+
+def _without_share(row: str, images: float) -> str:
+    return row.removesuffix(f"_{_percent(images):g}")
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 6)
+
+
+def _first_specs(planner: Planner, setting: str, stage: str) -> list[RunSpec]:
+    return [planner.final(setting, stage, row, {})[0] for row in planner.rows(setting, stage)]
+
+
+def shares_table(planner: Planner, setting: str, stage: str, images: ImageSet) -> Markdown:
+    """For every share of the training images that a stage uses: how many images that are, and how many steps."""
+    data, rows = DataOnDevice(images, torch.device("cpu")), {}
+    for spec in _first_specs(planner, setting, stage):
+        labels = data.training(spec.held_out, spec.recipe, spec.images).labels.numpy()
+        steps = math.ceil(len(labels) / spec.recipe.batch)
+        counts = len(labels), _per_class(labels, images.classes), steps, steps * spec.recipe.epochs
+        row = rows.setdefault(_percent(spec.images), [f"{_percent(spec.images):g} %", *counts, ""])
+        method = spec.build_method()
+        if isinstance(method, FewSample):
+            row[-1] = str(min(method.samples, len(labels)))
+    heads = ["share", "images", "of each class", "steps of an epoch", "steps of a run", "images that FSKD aligns on"]
+    if not rows:
+        return Markdown("This setting trains nothing on fewer images.")
+    return table(pd.DataFrame([rows[share] for share in sorted(rows)], columns=heads))
+
+
+def teachers_table(planner: Planner, setting: str, stage: str) -> Markdown:
+    """Who teaches the rows of a stage that have another teacher than the setting's own, and what that has learned from.
+
+    Shown for the first seed; a sentence if the setting trains no such row.
+    """
+    usual = [planner.teacher(setting, planner.tuning_seed(setting))]
+    finals = [planner.final(setting, stage, row, {})[0] for row in planner.rows(setting, stage)]
+    rows = [_taught(spec) for spec in finals if [one.id for one in spec.teachers] != [one.id for one in usual]]
+    if not rows:
+        return Markdown("All students of this setting are taught by its own teacher alone.")
+    caption = f"Other teachers than {usual[0].network} alone, for the student of seed {usual[0].seed}"
+    return table(
+        pd.DataFrame(rows, columns=["row", "student", "taught by", "of seed", "which has learned from"]), caption
+    )
+
+
+def _taught(spec: RunSpec) -> tuple[str, ...]:
+    first, count = spec.teacher, len(spec.teachers)
+    above = first.teacher.network if first.teacher else "the labels"
+    learned = f"{above}, `{METHODS[first.method].__name__}`"
+    seeds = ", ".join(str(teacher.seed) for teacher in spec.teachers)
+    return f"`{spec.row}`", spec.network, f"{count} x {first.network}" if count > 1 else first.network, seeds, learned
+
+
 def editing_methods(planner: Planner, setting: str, stage: str) -> dict[str, Method]:
     """The rows of a stage that edit the teacher's target, with the numbers of params.yaml."""
     methods = {row: planner.final(setting, stage, row, {})[0].build_method() for row in planner.rows(setting, stage)}
@@ -161,6 +254,8 @@ def editing_methods(planner: Planner, setting: str, stage: str) -> dict[str, Met
 
 def edits_table(sample: Sample, methods: Mapping[str, Method]) -> Markdown:
     """The targets of `answers.edited` in numbers, each unedited one above those of the methods that share it."""
+    if not methods:
+        return Markdown(f"**{sample.title}**: no row of this setting edits its target.")
     rows: dict[str, tuple] = {}
     for row, target in edited(sample, methods).items():
         rows.setdefault(target.unit, (f"*unedited {target.unit}*", *target.before))

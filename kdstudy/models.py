@@ -8,15 +8,27 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdstudy.blocks import (
+    LinearBottleneck,
+    PlainStage,
+    PreActivationBlock,
+    ScaledSwish,
+    StagedNet,
+    basic_block,
+    bottleneck_block,
+    convolution,
+    normed,
+    plain_block,
+)
 from kdstudy.core import View
 from kdstudy.files import unknown_name
+from kdstudy.heads import add_heads
 
 
 def build_model(name: str, *, classes: int, channels: int = 3, image_size: int | tuple[int, int] = 32) -> nn.Module:
@@ -25,15 +37,26 @@ def build_model(name: str, *, classes: int, channels: int = 3, image_size: int |
     | name | network |
     |---|---|
     | `resnet18`, `resnet34`, `resnet50`, `resnet152` | He et al. 2016 with a 3x3 stem of stride 1, no max-pool |
-    | `resnet50@224`, any of the four | enlarges its input to 224 x 224, bilinearly; 7x7 stem of stride 2, max-pool |
+    | `resnext50_4` | ResNeXt-50 32x4d (Xie et al. 2017) with the same stem |
+    | `plain18`, `plain34` | `resnet18` and `resnet34` without their shortcuts (He et al. 2016) |
+    | `resnet50@224`, any of these | enlarges its input to 224 x 224, bilinearly; 7x7 stem of stride 2, max-pool |
     | `resnet20`, `resnet8x4` | depth 8, 14, 20, 26, 32, 38, 44, 56, 110 or 116; 16, 32, 64 channels times the factor |
+    | `plain20`, `plain8x4` | the same without shortcuts |
     | `wrn_40_2`, `wrn_10_0.25` | wide ResNet of any depth 6n + 4; 16, 32, 64 channels times the factor |
+    | `resnet20_pruned0.5`, `wrn_16_1_pruned0.5` | half the channels between the two convolutions of every block |
+    | `mobilenet_v2` | Sandler et al. 2018, its first stride of 2 in the block run of 32 channels |
     | `swish_teacher`, `swish_student` | plain CNNs with dropout and `ScaledSwish`, no batch norm (Devopedia) |
     | `cnn_small` | plain CNN of four convolutions with batch norm, for tiny images |
 
+    Any of them with `+heads` or `+sepheads` behind its name has a head on every stage but the last (`heads.py`): its
+    `exits` are their views. The backbone comes first, so that its initial weights are those of the plain network.
+
     Taps: `stem` is what enters stage 1. ResNets and CNNs have `maps` after and `pre_maps` before the activation that
     ends a stage, ahead of any pooling. Wide ResNets have bare residual sums (signed) as `maps`, the batch norm that
-    reads these as `pre_maps`, and the bare first convolution as `stem`.
+    reads these as `pre_maps`, and the bare first convolution as `stem`. MobileNetV2's blocks end in no activation: its
+    `pre_maps` are its `maps`, signed. Its stages are the blocks of one resolution, of 24, 32, 96 and 320 channels; the
+    1x1 convolution to 1280 lies between the last map and the embedding. Stem and the run of 24 channels have stride 1,
+    as usual for images of 32 pixels.
 
     Shortcuts that change shape are 1x1 convolutions, with batch norm except in wide ResNets. The stem of a three-stage
     ResNet is as wide as stage 1, but at most 16 channels, or 32 from a factor of 4 on (Tian et al. 2020).
@@ -46,147 +69,39 @@ def build_model(name: str, *, classes: int, channels: int = 3, image_size: int |
     for what, value, least in (("classes", classes, 2), ("channels", channels, 1), ("image_size", min(sides), 1)):
         if value < least:
             raise ValueError(f"{what} must be at least {least}, not {value}")
+    if match := re.fullmatch(r"([^+]+)\+(heads|sepheads)", name):
+        backbone = build_model(match[1], classes=classes, channels=channels, image_size=sides)
+        return add_heads(backbone, match[2], channels, sides)
     for pattern, build in FAMILIES:
         if match := re.fullmatch(pattern, name):
             return build(match, classes, channels, sides)
     raise unknown_name("model", name, known_models())
 
 
+def reset(network: nn.Module) -> None:
+    """Draw a network's weights anew, in place, as `build_model` draws them; its batch statistics start again, too."""
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    _drawn(network)
+
+
 def known_models() -> tuple[str, ...]:
     """Names that `build_model` takes: of families with free numbers only the usual ones."""
     return (
-        *("resnet18", "resnet34", "resnet50", "resnet152", "resnet50@224", "resnet152@224"),
+        *("resnet18", "resnet34", "resnet50", "resnet152", "resnet50@224", "resnet152@224", "resnext50_4"),
         *("resnet8", "resnet14", "resnet20", "resnet26", "resnet32", "resnet44", "resnet56", "resnet110"),
         *("resnet8x4", "resnet32x4", "wrn_10_0.25", "wrn_16_1", "wrn_16_2", "wrn_28_10", "wrn_40_1", "wrn_40_2"),
-        *("swish_teacher", "swish_student", "cnn_small"),
+        *("plain18", "plain34", "plain8", "plain20", "plain32", "plain44", "plain56", "plain110"),
+        *("resnet20_pruned0.5", "resnet56_pruned0.5", "wrn_16_1_pruned0.5", "wrn_40_2_pruned0.5"),
+        *("mobilenet_v2", "swish_teacher", "swish_student", "cnn_small"),
+        *("wrn_40_2+heads", "wrn_40_2+sepheads"),
     )
 
 
 def count_parameters(module: nn.Module) -> int:
     """How many numbers of `module` are trained."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-class Taps(NamedTuple):
-    """What a stem, a block or a stage hands on: the tensor that the next one reads, and the two taps beside it."""
-
-    onward: Tensor
-    map: Tensor
-    pre_map: Tensor
-
-
-class StagedNet(nn.Module):
-    """Stem, stages 1..S, embedding and classifier: the skeleton, and the forward, of all networks."""
-
-    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], embed: nn.Module, classifier: nn.Linear) -> None:
-        """`stem` and stages map `Taps` to `Taps`, `embed` the last `onward` to (B, D), `classifier` that to (B, C)."""
-        super().__init__()
-        self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self.embed = embed
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> View:
-        """All taps for images (B, channels, H, W); there are no early exits."""
-        taps = [self.stem(Taps(images, images, images))]
-        for stage in self.stages:
-            taps.append(stage(taps[-1]))
-        embedding = self.embed(taps[-1].onward)
-        return View(
-            logits=self.classifier(embedding),
-            stem=taps[0].map,
-            maps=tuple(tap.map for tap in taps[1:]),
-            pre_maps=tuple(tap.pre_map for tap in taps[1:]),
-            embedding=embedding,
-        )
-
-    def section(self, number: int, before: Tensor) -> Tensor:
-        """The map of stage `number` (from 1) when it is given the map of the stage before it (of the stem, for 1)."""
-        return self.stages[number - 1](self._leave(number - 1, before)).map
-
-    def resume(self, number: int, stage_map: Tensor) -> View:
-        """What the rest makes of a map in the place of stage `number`'s: logits, embedding and later maps."""
-        taps = [self._leave(number, stage_map)]
-        for stage in self.stages[number:]:
-            taps.append(stage(taps[-1]))
-        embedding = self.embed(taps[-1].onward)
-        later = taps[1:]
-        return View(
-            logits=self.classifier(embedding),
-            maps=tuple(tap.map for tap in later),
-            pre_maps=tuple(tap.pre_map for tap in later),
-            embedding=embedding,
-        )
-
-    def norms(self) -> tuple[nn.BatchNorm2d, ...]:
-        """For every stage, the batch norm whose output its `pre_maps` hold, or that is the last one added into it.
-
-        Raises ValueError for a network without batch norm.
-        """
-        found = [_last_block(stage).last_norm() for stage in self.stages]
-        if None in found:
-            raise ValueError("this network has no batch norm before the activation that ends a stage")
-        return tuple(found)
-
-    def _leave(self, number: int, stage_map: Tensor) -> Taps:
-        return _last_block(self.stages[number - 1] if number else self.stem).leave(stage_map)
-
-
-def _last_block(stage: nn.Module) -> nn.Module:
-    return stage[-1] if isinstance(stage, nn.Sequential) else stage
-
-
-def _last_norm(layers: nn.Module) -> nn.BatchNorm2d | None:
-    found = [layer for layer in layers.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return found[-1] if found else None
-
-
-class PlainStage(nn.Module):
-    """Layers, the activation that ends them, and what lies between it and the next layer."""
-
-    def __init__(self, layers: nn.Module, activation: nn.Module, onward: nn.Module | None = None) -> None:
-        """`onward` (pooling, dropout) makes what the next layer reads out of the map; by default that is the map."""
-        super().__init__()
-        self.layers = layers
-        self.activation = activation
-        self.onward = onward or nn.Identity()
-
-    def forward(self, before: Taps) -> Taps:
-        """The taps around the activation."""
-        pre_map = self.layers(before.onward)
-        return self.leave(self.activation(pre_map))._replace(pre_map=pre_map)
-
-    def leave(self, stage_map: Tensor) -> Taps:
-        """What goes on from a given map; it stands for the map before the activation, too."""
-        return Taps(self.onward(stage_map), stage_map, stage_map)
-
-    def last_norm(self) -> nn.BatchNorm2d | None:
-        """The batch norm before the activation, if there is one."""
-        return _last_norm(self.layers)
-
-
-class ResidualBlock(nn.Module):
-    """`relu(branch(x) + shortcut(x))` (He et al. 2016)."""
-
-    def __init__(self, branch: nn.Module, inputs: int, outputs: int, stride: int) -> None:
-        """`branch` goes from `inputs` to `outputs` channels; the shortcut is the identity unless the shape changes."""
-        super().__init__()
-        self.branch = branch
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else _normed(inputs, outputs, size=1, stride=stride)
-
-    def forward(self, before: Taps) -> Taps:
-        """The taps around the block's last ReLU."""
-        pre_map = self.branch(before.onward) + self.shortcut(before.onward)
-        return self.leave(F.relu(pre_map))._replace(pre_map=pre_map)
-
-    def leave(self, stage_map: Tensor) -> Taps:
-        """What goes on from a given map; it stands for the map before the ReLU, too."""
-        return Taps(stage_map, stage_map, stage_map)
-
-    def last_norm(self) -> nn.BatchNorm2d | None:
-        """The batch norm that ends the branch."""
-        return _last_norm(self.branch)
 
 
 class Ensemble(nn.Module):
@@ -206,104 +121,67 @@ class Ensemble(nn.Module):
         return View(logits, members=members)
 
 
-class PreActivationBlock(nn.Module):
-    """A wide ResNet's block (Zagoruyko & Komodakis 2016), with the batch norm and ReLU that open the next one."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        """From `inputs` to `outputs` channels; only where they differ is the shortcut a convolution."""
-        super().__init__()
-        self.branch = nn.Sequential(_normed(inputs, outputs, stride=stride), nn.ReLU(), _convolution(outputs, outputs))
-        self.shortcut = _convolution(inputs, outputs, size=1, stride=stride) if inputs != outputs else None
-        self.norm = nn.BatchNorm2d(outputs)
-
-    def forward(self, before: Taps) -> Taps:
-        """The residual sum, its batch norm, and the ReLU of that."""
-        kept = before.map if self.shortcut is None else self.shortcut(before.onward)
-        return self.leave(self.branch(before.onward) + kept)
-
-    def leave(self, stage_map: Tensor) -> Taps:
-        """The given residual sum, its batch norm, and the ReLU of that."""
-        pre_map = self.norm(stage_map)
-        return Taps(F.relu(pre_map), stage_map, pre_map)
-
-    def last_norm(self) -> nn.BatchNorm2d:
-        """The batch norm that reads the sum."""
-        return self.norm
+Block = Callable[[int, int, int], nn.Module]  # from input channels, output channels, stride
 
 
-class ScaledSwish(nn.Module):
-    """`1.5 x sigmoid(x)`: its scale stands outside, unlike that of `x sigmoid(beta x)` (Ramachandran et al. 2017)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The activation, elementwise."""
-        return 1.5 * F.silu(x)
-
-
-def _convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-
-
-def _normed(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(_convolution(inputs, outputs, size, stride), nn.BatchNorm2d(outputs))
-
-
-def _basic_block(inputs: int, outputs: int, stride: int) -> ResidualBlock:
-    branch = nn.Sequential(_normed(inputs, outputs, stride=stride), nn.ReLU(), _normed(outputs, outputs))
-    return ResidualBlock(branch, inputs, outputs, stride)
-
-
-def _bottleneck_block(inputs: int, outputs: int, stride: int) -> ResidualBlock:
-    width = outputs // 4
-    squeeze, spread = _normed(inputs, width, size=1), _normed(width, width, stride=stride)
-    branch = nn.Sequential(squeeze, nn.ReLU(), spread, nn.ReLU(), _normed(width, outputs, size=1))
-    return ResidualBlock(branch, inputs, outputs, stride)
-
-
-def _residual_net(
-    stem: nn.Module, block: Callable[..., nn.Module], widths: Sequence[int], counts: Sequence[int], classes: int
-) -> StagedNet:
+def _stacked(stem: nn.Module, block: Block, widths: Sequence[int], counts: Sequence[int], classes: int) -> StagedNet:
     """`widths`: channels of stem and stages; `counts`: blocks of the stages, which halve from the second on."""
     stages = []
     for stage, ((inputs, outputs), count) in enumerate(zip(pairwise(widths), counts, strict=True)):
         first = block(inputs, outputs, 2 if stage else 1)
         stages.append(nn.Sequential(first, *(block(outputs, outputs, 1) for _ in range(count - 1))))
-    return _globally_pooled(stem, stages, widths[-1], classes)
+    return _globally_pooled(stem, stages, (), widths[-1], classes)
 
 
-def _globally_pooled(stem: nn.Module, stages: Iterable[nn.Module], width: int, classes: int) -> StagedNet:
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    network = StagedNet(stem, stages, pool, nn.Linear(width, classes))
+def _globally_pooled(
+    stem: nn.Module, stages: Iterable[nn.Module], head: Iterable[nn.Module], width: int, classes: int
+) -> StagedNet:
+    """`head`: layers before the pooling, after the last stage."""
+    embed = nn.Sequential(*head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return _drawn(StagedNet(stem, stages, embed, nn.Linear(width, classes)))
+
+
+def _drawn(network: nn.Module) -> nn.Module:
+    swish = any(isinstance(module, ScaledSwish) for module in network.modules())
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if swish and isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return network
 
 
-FOUR_STAGES = {  # depth: block, channels of stem and stages, blocks of the stages
-    "18": (_basic_block, (64, 64, 128, 256, 512), (2, 2, 2, 2)),
-    "34": (_basic_block, (64, 64, 128, 256, 512), (3, 4, 6, 3)),
-    "50": (_bottleneck_block, (64, 256, 512, 1024, 2048), (3, 4, 6, 3)),
-    "152": (_bottleneck_block, (64, 256, 512, 1024, 2048), (3, 8, 36, 3)),
+NARROW, BROAD = (64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048)
+FOUR_STAGES = {  # block, channels of stem and stages, blocks of the stages
+    "resnet18": (basic_block, NARROW, (2, 2, 2, 2)),
+    "resnet34": (basic_block, NARROW, (3, 4, 6, 3)),
+    "resnet50": (bottleneck_block, BROAD, (3, 4, 6, 3)),
+    "resnet152": (bottleneck_block, BROAD, (3, 8, 36, 3)),
+    "resnext50_4": (partial(bottleneck_block, shrink=2, groups=32), BROAD, (3, 4, 6, 3)),
+    "plain18": (plain_block, NARROW, (2, 2, 2, 2)),
+    "plain34": (plain_block, NARROW, (3, 4, 6, 3)),
 }
 
 
-def _four_stage_resnet(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
-    block, widths, counts = FOUR_STAGES[match["depth"]]
+def _four_stages(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
+    block, widths, counts = FOUR_STAGES[match["base"]]
     if match["upscaled"]:
         upscale = nn.Upsample(size=(224, 224), mode="bilinear")
-        layers = nn.Sequential(upscale, _normed(channels, widths[0], size=7, stride=2))
+        layers = nn.Sequential(upscale, normed(channels, widths[0], size=7, stride=2))
         stem = PlainStage(layers, nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)))
     else:
         _require_size(match, sides, stages=4)
-        stem = PlainStage(_normed(channels, widths[0]), nn.ReLU())
-    return _residual_net(stem, block, widths, counts, classes)
+        stem = PlainStage(normed(channels, widths[0]), nn.ReLU())
+    return _stacked(stem, _pruned(match, block, widths), widths, counts, classes)
 
 
-def _three_stage_resnet(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
+def _three_stages(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
     _require_size(match, sides, stages=3)
     widths = _three_stage_widths(match, stem_limit=32 if Fraction(match["factor"] or 1) >= 4 else 16)
-    stem = PlainStage(_normed(channels, widths[0]), nn.ReLU())
-    return _residual_net(stem, _basic_block, widths, [(int(match["depth"]) - 2) // 6] * 3, classes)
+    stem = PlainStage(normed(channels, widths[0]), nn.ReLU())
+    block = basic_block if match["base"] == "resnet" else plain_block
+    return _stacked(stem, _pruned(match, block, widths), widths, [(int(match["depth"]) - 2) // 6] * 3, classes)
 
 
 def _wide_resnet(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
@@ -314,8 +192,8 @@ def _wide_resnet(match: re.Match[str], classes: int, channels: int, sides: tuple
     widths = _three_stage_widths(match, stem_limit=16)
     # the bare convolution is the map; the batch norm and ReLU behind it belong to block 1
     opening = nn.Sequential(nn.BatchNorm2d(widths[0]), nn.ReLU())
-    stem = PlainStage(_convolution(channels, widths[0]), nn.Identity(), opening)
-    return _residual_net(stem, PreActivationBlock, widths, [(depth - 4) // 6] * 3, classes)
+    stem = PlainStage(convolution(channels, widths[0]), nn.Identity(), opening)
+    return _stacked(stem, _pruned(match, PreActivationBlock, widths), widths, [(depth - 4) // 6] * 3, classes)
 
 
 def _three_stage_widths(match: re.Match[str], stem_limit: int) -> tuple[int, ...]:
@@ -323,6 +201,41 @@ def _three_stage_widths(match: re.Match[str], stem_limit: int) -> tuple[int, ...
     if width.denominator != 1:
         raise ValueError(f"stage 1 of {match[0]} must have a whole number of channels, not {float(width)}")
     return tuple(int(channels) for channels in (min(width, stem_limit), width, 2 * width, 4 * width))
+
+
+def _pruned(match: re.Match[str], block: Block, widths: Sequence[int]) -> Block:
+    """The block with the share of its inner width that the name says is kept."""
+    if not match["kept"]:
+        return block
+    if block not in (basic_block, PreActivationBlock):
+        raise ValueError(f"{match[0]} cannot be: only blocks of two convolutions and a shortcut are pruned")
+    kept = Fraction(match["kept"])
+    if (kept * widths[1]).denominator != 1:
+        inner = float(kept * widths[1])
+        raise ValueError(f"blocks of stage 1 of {match[0]} must keep a whole number of channels, not {inner}")
+    return partial(block, kept=kept)
+
+
+MOBILE_STAGES = (  # of each run of blocks: expansion, channels, blocks, stride of the first
+    ((1, 16, 1, 1), (6, 24, 2, 1)),
+    ((6, 32, 3, 2),),
+    ((6, 64, 4, 2), (6, 96, 3, 1)),
+    ((6, 160, 3, 2), (6, 320, 1, 1)),
+)
+
+
+def _mobilenet(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
+    _require_size(match, sides, stages=4)
+    width, stages = 32, []
+    for runs in MOBILE_STAGES:
+        blocks = []
+        for expansion, outputs, count, stride in runs:
+            for number in range(count):
+                blocks.append(LinearBottleneck(width, outputs, 1 if number else stride, expansion))
+                width = outputs
+        stages.append(nn.Sequential(*blocks))
+    stem = PlainStage(normed(channels, 32), nn.ReLU6())
+    return _globally_pooled(stem, stages, (normed(width, 1280, size=1), nn.ReLU6()), 1280, classes)
 
 
 def _require_size(match: re.Match[str], sides: tuple[int, int], stages: int) -> None:
@@ -348,12 +261,7 @@ def _swish_cnn(match: re.Match[str], classes: int, channels: int, sides: tuple[i
     stages = [_swish_stage(width, *stage) for width, stage in zip(inputs[:-1], layout, strict=True)]
     flat = inputs[-1] * math.prod(side // shrink for side in sides)
     embed = nn.Sequential(nn.Flatten(), nn.Linear(flat, 128), ScaledSwish(), nn.Dropout(0.2))
-    network = StagedNet(stem, stages, embed, nn.Linear(128, classes))
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
-    return network
+    return _drawn(StagedNet(stem, stages, embed, nn.Linear(128, classes)))
 
 
 def _swish_stage(inputs: int, widths: Sequence[int], pool: int, dropout: float) -> PlainStage:
@@ -364,18 +272,20 @@ def _swish_stage(inputs: int, widths: Sequence[int], pool: int, dropout: float) 
 
 def _small_cnn(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
     _require_size(match, sides, stages=3)
-    stem = PlainStage(_normed(channels, 16), nn.ReLU())
-    first = PlainStage(_normed(16, 16), nn.ReLU(), nn.MaxPool2d(2))
-    second = PlainStage(_normed(16, 32), nn.ReLU(), nn.MaxPool2d(2))
-    third = PlainStage(_normed(32, 64), nn.ReLU())
-    return _globally_pooled(stem, (first, second, third), 64, classes)
+    stem = PlainStage(normed(channels, 16), nn.ReLU())
+    first = PlainStage(normed(16, 16), nn.ReLU(), nn.MaxPool2d(2))
+    second = PlainStage(normed(16, 32), nn.ReLU(), nn.MaxPool2d(2))
+    third = PlainStage(normed(32, 64), nn.ReLU())
+    return _globally_pooled(stem, (first, second, third), (), 64, classes)
 
 
 FACTOR = r"(?P<factor>[1-9]\d*|(?:0|[1-9]\d*)\.\d*[1-9])"  # a width is written in one way only
+PRUNED = r"(?:_pruned(?P<kept>0\.\d*[1-9]))?"
 FAMILIES = (
-    (r"resnet(?P<depth>18|34|50|152)(?P<upscaled>@224)?", _four_stage_resnet),
-    (rf"resnet(?P<depth>8|14|20|26|32|38|44|56|110|116)(?:x{FACTOR})?", _three_stage_resnet),
-    (rf"wrn_(?P<depth>[1-9]\d*)_{FACTOR}", _wide_resnet),
+    (rf"(?P<base>resnet(?:18|34|50|152)|resnext50_4|plain(?:18|34))(?P<upscaled>@224)?{PRUNED}", _four_stages),
+    (rf"(?P<base>resnet|plain)(?P<depth>8|14|20|26|32|38|44|56|110|116)(?:x{FACTOR})?{PRUNED}", _three_stages),
+    (rf"wrn_(?P<depth>[1-9]\d*)_{FACTOR}{PRUNED}", _wide_resnet),
+    (r"mobilenet_v2", _mobilenet),
     (r"swish_(?P<role>teacher|student)", _swish_cnn),
     (r"cnn_small", _small_cnn),
 )

@@ -40,7 +40,8 @@ class Setting:
 
     `methods` limits the rows, None means all of a stage; `without` names rows that are not defined for these networks.
     `networks` names further networks that rows ask for; rows that ask for one which is not named are left out.
-    `teacher_recipe` is the teacher's, where it is not the students'.
+    `teacher_recipe` is the teacher's, where it is not the students'. `ensembles` asks for the accuracy of the networks
+    of all seeds together.
     """
 
     profile: str
@@ -54,6 +55,7 @@ class Setting:
     without: tuple[str, ...] = ()
     networks: Mapping[str, str] = field(default_factory=dict)
     teacher_recipe: str | None = None
+    ensembles: bool = False
 
     def network(self, pattern: str) -> str | None:
         """The network that a row means by "{teacher}" or "{plain}+heads"; None where the setting has none of the name.

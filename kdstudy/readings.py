@@ -8,7 +8,8 @@ from IPython.display import Markdown
 
 from kdstudy.answers import Answers
 from kdstudy.results import Ledger
-from kdstudy.statistics import Interval, mean_interval
+from kdstudy.statistics import Interval, mean_interval, paired_difference
+from kdstudy.study import Planner
 from kdstudy.tables import label, tuning_table
 
 SIGNIFICANT = 0.05
@@ -96,11 +97,15 @@ def comparison_reading(table: pd.DataFrame, profile: str) -> Markdown:
             f"{int(compared.pairs.median())} pairs). More seeds would narrow that."
         )
     if profile == MACHINERY_PROFILE:
-        lines.append(
-            f"- **These numbers prove the machinery, not the methods.** The profile `{profile}` has small images and "
-            "tiny networks, so that it runs on a laptop. What it finds need not hold elsewhere."
-        )
+        lines.append(_only_machinery(profile))
     return Markdown("\n".join(line for line in lines if line))
+
+
+def _only_machinery(profile: str) -> str:
+    return (
+        f"- **These numbers prove the machinery, not the methods.** The profile `{profile}` has small images and "
+        "tiny networks, so that it runs on a laptop. What it finds need not hold elsewhere."
+    )
 
 
 def comparisons_reading(tables: Mapping[str, pd.DataFrame], profile: str) -> Markdown:
@@ -135,6 +140,118 @@ def _verdicts(compared: pd.DataFrame) -> list[str]:
 
 def _listed(rows: pd.DataFrame) -> str:
     return ", ".join(f"{label(row.method)} ({row.difference_to_kd:+.2f} points)" for row in rows.itertuples())
+
+
+def share_reading(table: pd.DataFrame, profile: str) -> Markdown:
+    """What a teacher is worth on each share of the training images, from `tables.share_table`."""
+    found = table[table.n > 0]
+    if found.empty:
+        return Markdown("- No student has finished.")
+    # of one network and share, the row without a difference is the one that the others are compared with
+    lines = [f"- {label(method)}: {_on_shares(rows)}." for method, rows in found.groupby("method", sort=False)]
+    lines.append("- In brackets: points more or less than labels alone, for the same network, images and seeds.")
+    lines += [_won_back(rows) for _, rows in found.groupby("student", sort=False)]
+    lines.append(_share_verdict(found[found.p_holm.notna()]))
+    if profile == MACHINERY_PROFILE:
+        lines.append(_only_machinery(profile))
+    return Markdown("\n".join(line for line in lines if line))
+
+
+def _on_shares(rows: pd.DataFrame) -> str:
+    gains = ["" if np.isnan(gain) else f" ({gain:+.2f})" for gain in rows.difference_to_labels]
+    pairs = zip(rows.itertuples(), gains, strict=True)
+    return ", ".join(f"{row.test_accuracy:.2f} % on {row.share:g} %{gain}" for row, gain in pairs)
+
+
+def _won_back(rows: pd.DataFrame) -> str:
+    """What labels alone lose from all images to the smallest share, and who makes up for most of it."""
+    compared = rows[rows.difference_to_labels.notna()]
+    alone = compared.groupby("share").labels_alone.first()
+    if len(alone) < 2:
+        return ""
+    few = compared[compared.share == alone.index[0]]
+    best = few.loc[few.difference_to_labels.idxmax()]
+    makes_up = f"{label(best.method)} makes up for most: {best.difference_to_labels:+.2f}"
+    return (
+        f"- From {alone.index[-1]:g} % to {alone.index[0]:g} % of the images labels alone lose "
+        f"{alone.iloc[-1] - alone.iloc[0]:.2f} points. "
+        f"{makes_up if best.difference_to_labels > 0 else 'No method makes up for any of that'}."
+    )
+
+
+def _share_verdict(compared: pd.DataFrame) -> str:
+    tested = f"{len(compared)} comparisons with labels alone, corrected by Holm's procedure"
+    sure = compared[compared.p_holm < SIGNIFICANT]
+    if compared.empty:
+        return "- There are no paired runs yet to compare with labels alone."
+    if sure.empty:
+        return f"- None of these differences can be told from chance (p below {SIGNIFICANT} in {tested})."
+    named = [
+        f"{label(row.method)} on {row.share:g} % ({row.difference_to_labels:+.2f} points)" for row in sure.itertuples()
+    ]
+    return f"- Not by chance (p below {SIGNIFICANT} in {tested}): {', '.join(named)}."
+
+
+def alignment_reading(before: Mapping[str, float], results: pd.DataFrame, seed: int) -> Markdown:
+    """What few-sample distillation repairs in the teacher of one seed.
+
+    `before` is the test accuracy (percent) of each pruned network before alignment; `results` are those of
+    `lesson.by_share`.
+    """
+    runs = results[(results.scheme == "offline") & (results.status == "finished") & (results.seed == seed)]
+    lines = []
+    for network, accuracy in before.items():
+        aligned = runs[runs.student == network].sort_values("share", kind="stable")
+        after = ", ".join(f"{row.test_accuracy:.2f} % ({row.share:g} % of the images)" for row in aligned.itertuples())
+        lines.append(
+            f"- The teacher of seed {seed} gets {aligned.teacher_accuracy.mean():.2f} % of the test images right. "
+            f"Pruned, as `{network}`, it gets {accuracy:.2f} %. Aligned: {after}."
+        )
+    return Markdown("\n".join(lines) or "This setting prunes no network.")
+
+
+def tuning_reading(planner: Planner, setting: str, stage: str) -> Markdown:
+    """Which rows of a stage were tuned, and what that means for a comparison with those that were not."""
+    rows = planner.rows(setting, stage)
+    tuned = [label(row) for row in rows if planner.tuning(setting, stage, row)]
+    if not tuned:
+        return Markdown(
+            "- No row of this setting was tuned: all have the numbers of `params.yaml`. Where these are a paper's, "
+            "they were made for other images and networks."
+        )
+    return Markdown(
+        f"- Tuned on held-out images: {', '.join(tuned)}. The other rows ({len(rows) - len(tuned)} of {len(rows)}) "
+        "have the numbers of `params.yaml`. Where these are a paper's, they were made for other images and networks, "
+        "so that a difference to a tuned row is also one of tuning."
+    )
+
+
+def control_reading(results: pd.DataFrame, setting: str, controls: Mapping[str, str]) -> Markdown:
+    """The mean paired difference of each row to its control, where results.csv has final runs of both."""
+    finals = results[(results.setting == setting) & (results.purpose == "final")]
+    accuracies = {row: runs.set_index("seed").test_accuracy for row, runs in finals.groupby("method")}
+    lines = [
+        f"- {label(row)}, less its control {label(control)}: {_difference(accuracies[row], accuracies[control])}."
+        for row, control in controls.items()
+        if row in accuracies and control in accuracies
+    ]
+    return Markdown("\n".join(lines) or "- None of these pairs has been run on this setting.")
+
+
+def _difference(accuracy: pd.Series, reference: pd.Series) -> str:
+    interval, _ = paired_difference(accuracy, reference)
+    return _interval(interval, " points", "+.2f") if interval.n else "no seed has both"
+
+
+def teaching_reading(results: pd.DataFrame) -> Markdown:
+    """How good the networks are that were trained only to teach the students of a stage."""
+    teaching = results[(results.purpose == "teaching") & (results.status == "finished")]
+    lines = [
+        f"- {label(row.partition(':')[0])} is taught by a {runs.student.iloc[0]} of its own, test accuracy "
+        f"{_interval(mean_interval(runs.test_accuracy))}."
+        for row, runs in teaching.groupby("method", sort=False)
+    ]
+    return Markdown("\n".join(lines) or "- No row of this setting has a teacher of its own.")
 
 
 def optimism_reading(results: pd.DataFrame) -> Markdown:

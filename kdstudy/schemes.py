@@ -1,14 +1,17 @@
 """Who teaches whom. A scheme owns the networks of one run; whatever plays the teacher is frozen and detached here."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdstudy.core import Clock, Method, Phase, View
+from kdstudy.models import reset
 
 
 class Batch(NamedTuple):
@@ -170,6 +173,34 @@ class Offline(_Taught):
                     yield look(teacher, Batch(images, images.new_empty(0)), self.method.reads, None)
 
         self.method.calibrate(self.adapters, views())
+
+
+class Collaborative(Offline):
+    """Offline, and beside it a scratch teacher: the teacher's architecture, trained from nothing (Zhao et al. 2020).
+
+    It learns from the labels alone, at the student's side. Its detached view is the one member of the teacher's view,
+    except where adapters are sized. One optimiser serves both networks: they share no parameter and no gradient.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, sample: Batch):
+        """Draws the scratch teacher's first weights, on the CPU, from torch's global generator."""
+        super().__init__(student, teacher, method, sample)
+        scratch = copy.deepcopy(teacher).cpu().requires_grad_(True)
+        reset(scratch)
+        self.scratch = scratch.to(sample.images.device)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The method's phases, with the scratch teacher trained in all of them."""
+        return tuple(replace(phase, trains=(*phase.trains, "scratch")) for phase in super().phases())
+
+    def losses(self, phase, turn, batch, half):
+        """The method's terms, and the scratch teacher's cross-entropy."""
+        scratch = look(self.scratch, batch, (), half)
+        student = look(self.student, batch, self.method.reads, half)
+        teacher = self.teach(batch, half, student)._replace(members=(scratch.detach(),))
+        terms = dict(phase.objective(student, teacher, batch.labels, self.adapters))
+        terms["scratch"] = F.cross_entropy(scratch.logits, batch.labels)
+        return Losses(terms, {"correct": self._correct(student, batch.labels)})
 
 
 class Deployed(nn.Module):

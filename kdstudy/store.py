@@ -8,7 +8,7 @@ knows what is finished without having any weights.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +66,35 @@ class Store:
         found = [record for record in found if record["dataset"] == dataset]
         return max(found, key=lambda record: record["finished"])["data_checksum"] if found else None
 
-    def publish(self, specs: Iterable[RunSpec]) -> None:
-        """Make the published folders of a stage hold the records of these runs and of no others."""
+    def publish(self, profile: str, stage: str, setting: str, specs: Iterable[RunSpec]) -> None:
+        """Make the published folder of a stage hold the records of these runs and of no others; it may stay empty."""
+        folder = self.published / profile / stage / setting
+        folder.mkdir(parents=True, exist_ok=True)
         wanted = {self.published_path(spec): self.record(spec) for spec in specs}
         for path, record in wanted.items():
             write_json(path, record)
-        for folder in {path.parent for path in wanted}:
-            for path in set(folder.glob("*.json")) - set(wanted):
-                path.unlink()
+        for path in set(folder.glob("*.json")) - set(wanted):
+            path.unlink()
+
+    def ensemble(self, profile: str, stage: str, setting: str, row: str) -> Record | None:
+        """What `publish_ensemble` was last given for a row; None if there is nothing. Raises ValueError if torn."""
+        path = self._ensemble_path(profile, stage, setting, row)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {"runs": list(found["runs"]), "test_accuracy": float(found["test_accuracy"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no score of an ensemble ({error}); remove it to have it made again") from error
+
+    def publish_ensemble(self, specs: Sequence[RunSpec], test_accuracy: float) -> None:
+        """Keep how well the final runs of a row do together, percent."""
+        first = specs[0]
+        path = self._ensemble_path(first.profile, first.stage, first.setting, first.row)
+        write_json(path, {"runs": [spec.id for spec in specs], "test_accuracy": round(test_accuracy, 6)})
+
+    def _ensemble_path(self, profile: str, stage: str, setting: str, row: str) -> Path:
+        return self.published / profile / stage / setting / "ensembles" / f"{row}.json"
 
     @contextmanager
     def lock(self, run: str) -> Iterator[None]:

@@ -7,11 +7,30 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from kdstudy import attention, boundaries, cross_layer, exits, hints, relative, response, reuse, train
+from kdstudy import (
+    attention,
+    boundaries,
+    collaborative,
+    contrast,
+    cross_layer,
+    ensembles,
+    exits,
+    few_samples,
+    hints,
+    layers,
+    logits,
+    penultimate,
+    relative,
+    response,
+    reuse,
+    samples,
+    sections,
+    train,
+)
 from kdstudy.core import Method
 from kdstudy.params import Grid, Params, Row, Setting, build, look_up
 from kdstudy.recipe import Recipe
-from kdstudy.schemes import Alone, Offline, Scheme
+from kdstudy.schemes import Alone, Collaborative, Offline, Scheme
 
 METHODS: dict[str, type[Method]] = {
     "ce": response.CrossEntropy,
@@ -36,6 +55,30 @@ METHODS: dict[str, type[Method]] = {
     "semckd": cross_layer.SemCKD,
     "review": cross_layer.ReviewKD,
     "reused_classifier": reuse.ReusedClassifier,
+    "lit": sections.LIT,
+    "adain": sections.AdaIN,
+    "joint_residual": sections.JointRD,
+    "ensemble": ensembles.AveragedTeachers,
+    "aekd": ensembles.AdaptiveEnsemble,
+    "class_distance": penultimate.ClassDistance,
+    "class_distance_teacher": penultimate.ClassDistanceTeacher,
+    "feature_normalised": penultimate.FeatureNormalised,
+    "collaborative_teaching": collaborative.CollaborativeTeaching,
+    "crd": contrast.CRD,
+    "crd_inbatch": contrast.InBatchCRD,
+    "few_sample": few_samples.FewSample,
+    "relational": samples.Relational,
+    "instance_graph": samples.InstanceGraph,
+    "similarity": samples.SimilarityPreserving,
+    "probabilistic": samples.Probabilistic,
+    "correlation": samples.Correlation,
+    "fsp": layers.FSP,
+    "multi_head_graph": layers.MultiHeadGraph,
+    "logit_mimic": logits.LogitMimic,
+    "dkd": logits.DecoupledKD,
+    "dist": logits.Correlated,
+    "logit_standardisation": logits.StandardisedKD,
+    "mlkd": logits.MultiLevel,
 }
 
 # each built from student, teacher (not for "none"), method, sample batch

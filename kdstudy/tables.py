@@ -27,6 +27,58 @@ METHOD_LABELS: Mapping[str, str] = {
     "earth_mover_printed": "Earth Mover, as printed",
     "relative_v1_signed": "Relative KD V1, signed",
     "relative_v4_literal": "Relative KD V4, as printed",
+    "fitnets": "FitNets",
+    "fitnets_one_stage": "FitNets, one stage",
+    "attention": "Attention transfer",
+    "factor_transfer": "Factor transfer",
+    "semckd": "SemCKD",
+    "activation_boundaries": "Activation boundaries",
+    "lit": "LIT",
+    "adain": "AdaIN",
+    "plain": "Plain student, labels",
+    "joint_residual": "JointRD",
+    "tofd": "TOFD",
+    "crd": "CRD",
+    "crd_inbatch": "CRD, in-batch",
+    "review": "ReviewKD",
+    "reused_classifier": "SimKD",
+    "variational_information": "VID",
+    "neuron_selectivity": "NST",
+    "overhaul": "Overhaul (OFD)",
+    "heads_plain": "Heads, plain KD",
+    "heads_v2": "Heads, Relative V2",
+    "heads_v4": "Heads, Relative V4",
+    "heads_labels": "Heads, labels",
+    "logit_mimic": "Logit mimic",
+    "class_distance": "Class distance",
+    "class_distance_teacher": "Class distance, its teacher",
+    "feature_normalised": "Feature-normalised KD",
+    "dkd": "DKD",
+    "dist": "DIST",
+    "logit_standardisation": "Logit standardisation",
+    "kd_strong": "Vanilla KD, strong",
+    "mlkd": "MLKD",
+    "mlkd_masked": "MLKD, masked",
+    "ensemble": "Ensemble",
+    "ensemble_probabilities": "Ensemble, probabilities",
+    "ensemble_logits": "Ensemble, logits",
+    "ensemble_losses": "Ensemble, losses",
+    "aekd": "AE-KD",
+    "assistant": "Teacher assistant",
+    "few_sample": "FSKD",
+    "pruned": "Pruned network, labels",
+    "ce_1": "CE student, 1 %",
+    "kd_1": "Vanilla KD, 1 %",
+    "attention_1": "Attention transfer, 1 %",
+    "similarity_1": "Similarity preserving, 1 %",
+    "few_sample_1": "FSKD, 1 %",
+    "ce_10": "CE student, 10 %",
+    "kd_10": "Vanilla KD, 10 %",
+    "attention_10": "Attention transfer, 10 %",
+    "similarity_10": "Similarity preserving, 10 %",
+    "few_sample_10": "FSKD, 10 %",
+    "pruned_10": "Pruned network, labels, 10 %",
+    "few_sample_100": "FSKD, 100 %",
 }
 
 THESIS_COLUMNS = (
@@ -37,10 +89,15 @@ COMPARISON_COLUMNS = (
     "stage", "scheme", "method", "test_accuracy", "ci_low", "ci_high", "n",
     "difference_to_kd", "difference_low", "difference_high", "pairs", "p_holm", "agreement", "nll", "ece", "diverged",
 )  # fmt: skip
+SHARE_COLUMNS = (
+    "share", "method", "student", "student_parameters", "test_accuracy", "ci_low", "ci_high", "n",
+    "labels_alone", "difference_to_labels", "difference_low", "difference_high", "pairs", "p_holm", "diverged",
+)  # fmt: skip
 GROUP = ["stage", "scheme", "method"]
 NUMBERS = ["test_accuracy", "val_accuracy", "agreement", "nll", "ece"]
-# the stage of the thesis's methods: another scheme may run the same loss elsewhere, as born-again networks run "kd"
-THESIS_STAGE = "response"
+# the stage of the thesis's methods and of the baselines: another scheme may run the same loss elsewhere, as born-again
+# networks run "kd"
+BASELINE_STAGE = "response"
 
 
 def published_results() -> pd.DataFrame:
@@ -95,7 +152,7 @@ def _thesis_runs(runs: pd.DataFrame, method: str) -> pd.DataFrame:
     if method == "teacher":
         # a teacher has no grid, so nothing of it was chosen
         return runs[(runs.stage == "teacher") & (runs.purpose == "final")]
-    return runs[(runs.stage == THESIS_STAGE) & (runs.method == method)]
+    return runs[(runs.stage == BASELINE_STAGE) & (runs.method == method)]
 
 
 def _thesis_cells(runs: pd.DataFrame, published: float) -> tuple[float, ...]:
@@ -141,9 +198,10 @@ def comparison_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
     Raises ValueError for a missing column or two final runs of one seed.
     """
     runs = _runs_of(results, setting)
-    students = runs[runs.stage != "teacher"]
+    students = runs[(runs.stage != "teacher") & (runs.purpose != "teaching")]
     finals = {name: _final(group) for name, group in students.groupby(GROUP, dropna=False)}
-    kd = next((final for (stage, _, method), final in finals.items() if (stage, method) == (THESIS_STAGE, "kd")), None)
+    baseline = BASELINE_STAGE, "kd"
+    kd = next((final for (stage, _, method), final in finals.items() if (stage, method) == baseline), None)
     rows = [(*name, *_comparison_cells(final, kd)) for name, final in finals.items()]
     table = pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
     table["p_holm"] = holm(table.p_holm)
@@ -171,6 +229,31 @@ def tuning_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
     table = table.assign(chosen=table.index.isin(chosen), diverged=(table.status == "diverged").astype(int))
     columns = [*GROUP, "hyperparameters", "seed", "val_accuracy", "test_accuracy", "chosen", "diverged"]
     return table[columns].reset_index(drop=True)
+
+
+def share_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """Methods on shares of the training images: a row for each (share, method), the smallest share first.
+
+    `results` are those of `lesson.by_share`. Columns: share (percent), method, student (network), student_parameters;
+    test_accuracy (mean over the final runs), ci_low, ci_high (95 %), n; labels_alone (mean of the run without a teacher
+    of the same network on the same images); difference_to_labels (to it, paired by seed), difference_low,
+    difference_high, pairs, p_holm (adjusted for the number of differences); diverged.
+    Raises ValueError for a missing column or two final runs of one seed.
+    """
+    runs = _runs_of(results, setting)
+    final = {key: _final(group) for key, group in runs.groupby(["share", "student", "method"], sort=False)}
+    alone = {key[:2]: group for key, group in final.items() if (group.scheme == "none").all()}
+    rows = [_share_row(*key, group, alone.get(key[:2])) for key, group in final.items()]
+    table = pd.DataFrame(rows, columns=SHARE_COLUMNS)
+    table["p_holm"] = holm(table.p_holm)
+    return table.sort_values("share", kind="stable", ignore_index=True)
+
+
+def _share_row(share: float, student: str, method: str, final: pd.DataFrame, alone: pd.DataFrame | None) -> tuple:
+    reference = final.head(0) if alone is None or alone is final else alone
+    difference, p_value = paired_difference(final.test_accuracy, reference.test_accuracy)
+    cells = (*mean_interval(final.test_accuracy), reference.test_accuracy.mean(), *difference, p_value)
+    return share, method, student, int(final.student_parameters.iloc[0]), *cells, _count_diverged(final)
 
 
 def write_table(frame: pd.DataFrame, stem: Path, caption: str) -> None:
@@ -217,12 +300,25 @@ def _plain(value: Any) -> str:
 TEXTS: Mapping[str, Callable[[Any], str]] = {
     "stage": str,
     "scheme": str,
+    "source": str,
+    "teacher_arch": str,
+    "student_arch": str,
+    "student": str,
     "method": label,
     "hyperparameters": lambda text: ", ".join(f"{name} {_plain(value)}" for name, value in json.loads(text).items()),
     "chosen": lambda chosen: "chosen" if chosen else "",
 }
 HEADINGS: Mapping[str, str] = {
+    "source": "Method",
+    "teacher_arch": "Teacher",
+    "student_arch": "Student",
     "published": "Published (%)",
+    "published_student": "Published student (%)",
+    "published_gain": "Published gain (points)",
+    "published_average": "Published, mean (%)",
+    "published_ensemble": "Published, ensemble (%)",
+    "ensemble": "Ours, ensemble (%)",
+    "gain": "Our gain (points)",
     "ours": "Ours (%)",
     "n": "n",
     "difference": "Difference (points)",
@@ -230,19 +326,25 @@ HEADINGS: Mapping[str, str] = {
     "test_accuracy": "Test accuracy (%)",
     "val_accuracy": "Validation accuracy (%)",
     "difference_to_kd": "Difference to Vanilla KD (points)",
+    "share": "Images (%)",
+    "student_parameters": "Parameters",
+    "difference_to_labels": "Difference to labels alone (points)",
     "p_holm": "p (Holm)",
     "agreement": "Agreement (%)",
     "nll": "NLL (nats)",
     "ece": "ECE (%)",
 }
-FORMATS: Mapping[str, str] = {"difference": "+z.2f", "difference_to_kd": "+z.2f", "nll": ".4f", "p_holm": ".2g"}
+POINTS = dict.fromkeys(("difference", "difference_to_kd", "difference_to_labels", "published_gain", "gain"), "+z.2f")
+FORMATS: Mapping[str, str] = {**POINTS, "nll": ".4f", "p_holm": ".2g", "share": "g"}
 LIMITS: Mapping[str, tuple[str, str]] = {
     "ours": ("ci_low", "ci_high"),
     "test_accuracy": ("ci_low", "ci_high"),
     "difference_to_kd": ("difference_low", "difference_high"),
+    "difference_to_labels": ("difference_low", "difference_high"),
+    "gain": ("gain_low", "gain_high"),
 }
 # printed inside the cell that they belong to, or, for pairs, in the CSV alone
-FOLDED = ("ci_low", "ci_high", "difference_low", "difference_high", "diverged", "pairs")
+FOLDED = (*(limit for limits in LIMITS.values() for limit in limits), "diverged", "pairs", "labels_alone")
 # what was measured, and the column that counts the runs which may have failed to give it
 ATTEMPTS: Mapping[str, str] = {
     "ours": "diverged",

@@ -170,6 +170,7 @@ class Training:
             padding=recipe.crop_padding,
             flip=recipe.flip,
             device=self.device,
+            strong=self.scheme.wants_strong,
         )
 
     def _begin_phase(self, phase: Phase, recipe: Recipe) -> None:
@@ -202,7 +203,8 @@ class Training:
         start = step * recipe.batch
         stop = min(start + recipe.batch, len(self.bank))
         index, shift, flip = draws.batch(self.position.epoch, start, stop)
-        batch = Batch(self.bank.augmented(index, shift, flip), self.bank.labels[index], index)
+        strong = self.bank.strong(index, draws.strong_batch(self.position.epoch, start, stop)) if draws.strong else None
+        batch = Batch(self.bank.augmented(index, shift, flip), self.bank.labels[index], index, strong)
         noted = {}
         for turn in self.scheme.turns(phase):
             losses = self.scheme.losses(phase, turn, batch, HALF[recipe.precision])

@@ -1,4 +1,4 @@
-"""What several tests share: batch A, random batches, the reference values in `oracles/`, and methods to run over."""
+"""What several tests share: batch A, maps F, random batches, reference values of `oracles/`, methods to run over."""
 
 import json
 from functools import cache
@@ -15,6 +15,8 @@ from kdstudy.relative import EarthMover, RelativeV1, RelativeV2, RelativeV3, Rel
 TEACHER_A = [[6.2, 3.0, 0.5, -1.0, -2.0], [1.0, 3.4, 2.0, 0.5, -1.1]]  # right, wrong
 STUDENT_A = [[2.0, 1.0, 0.5, 0.0, -1.0], [0.5, 1.0, 1.5, -0.5, 0.0]]
 LABELS_A = [0, 0]
+STUDENT_F = [[[[1, 2], [0, 1]], [[0, 1], [2, 1]]]]
+TEACHER_F = [[[[2, 0], [1, 1]], [[1, 1], [0, 3]]]]
 
 deterministic = settings(deadline=None, derandomize=True, database=None)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -46,6 +48,14 @@ def batch_a(dtype: torch.dtype = torch.float64) -> tuple[View, View, Tensor]:
     """Student, teacher and labels of batch A."""
     student, teacher = (View(torch.tensor(logits, dtype=dtype)) for logits in (STUDENT_A, TEACHER_A))
     return student, teacher, torch.tensor(LABELS_A)
+
+
+def maps_f(dtype: torch.dtype = torch.float64) -> tuple[View, View, Tensor]:
+    """Student, teacher and label of the maps F: one sample, one stage, (1, 2, 2, 2)."""
+    student, teacher = (
+        View(torch.zeros(1, 5, dtype=dtype), maps=(torch.tensor(maps, dtype=dtype),)) for maps in (STUDENT_F, TEACHER_F)
+    )
+    return student, teacher, torch.tensor([0])
 
 
 def row(view: View, index: int) -> View:

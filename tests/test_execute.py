@@ -13,6 +13,7 @@ import yaml
 from kdstudy.answers import teacher_answers
 from kdstudy.checkpoint import BadFile, save_weights
 from kdstudy.device import choose_device, data_path
+from kdstudy.evaluate import logits_of
 from kdstudy.execute import Executor, open_ledger
 from kdstudy.image_set import ImageSet, save_image_set
 from kdstudy.models import build_model
@@ -337,6 +338,24 @@ def test_rows_that_are_not_defined_for_a_setting_are_left_out(folder):
     assert executor().ledger.planner.rows("stripes", "response") == ["ce"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_method_that_trains_nothing_is_recorded_all_the_same(folder, workers):
+    profiles = {"quick": {"device": "cpu", "threads": 1, "workers": workers}}
+    row = {"network": "{teacher}_pruned0.5", "samples": 30}
+    write_params(taught({"few_sample": row}, teacher="wrn_10_0.25") | {"profiles": profiles})
+    executor().run_stage("teacher")
+    told = []
+    ledger = open_ledger(store=Store(Path("store"), Path("runs")))
+    specs = Executor(ledger, "stripes", report=lambda *update: told.append(update)).run_stage("response")
+    assert all(update[:2] == (0, 0) for update in told)  # no epochs, no progress
+    records = [ledger.store.record(spec) for spec in specs]
+    assert [record["history"] for record in records] == [[], []]
+    assert all(record["status"] == "finished" and record["seconds"] >= 0 for record in records)
+    frame = ledger.frame(specs)
+    assert frame.test_accuracy.notna().all() and set(frame.epochs) == {0}
+    assert ledger.histories(specs).empty
+
+
 def test_several_teachers_of_other_seeds_teach_together(folder, trained):
     write_params(taught({"kd": {"teachers": 3}}))
     first, second = executor().run_stage("response")
@@ -358,3 +377,26 @@ def test_a_share_with_fewer_images_than_classes_is_refused(folder):
     write_params(taught({"few": {"method": "ce", "images": 0.02}}, seeds=[0]))
     with pytest.raises(ValueError, match=r"0\.02 of 60 training images are 1, fewer than the 3 classes"):
         executor().run_stage("response")
+
+
+def test_the_networks_of_all_seeds_are_scored_together_where_asked(folder):
+    write_params(taught({"ce": {}}, ensembles=True))
+    specs = executor().run_stage("response")
+    store = Store(Path("store"), Path("runs"))
+    found = store.ensemble("quick", "response", "stripes", "ce")
+    assert found["runs"] == [spec.id for spec in specs]
+    test = executor()._data.watched(0, specs[0].recipe)["test"]
+    probabilities = sum(logits_of(executor()._teacher(spec), test).softmax(dim=1) for spec in specs)
+    expected = 100 * (probabilities.argmax(dim=1) == test.labels).double().mean().item()
+    assert found["test_accuracy"] == pytest.approx(expected, abs=1e-6)
+    executor().run_stage("response")  # publishing again leaves it
+    assert store.ensemble("quick", "response", "stripes", "ce") == found
+
+
+def test_a_stage_without_rows_publishes_an_empty_folder(folder):
+    write_params(taught({"ce": {}}) | {"methods": {"response": {"ce": {}}, "feature": {"attention": {}}}})
+    tree = yaml.safe_load(Path("params.yaml").read_text())
+    tree["settings"]["stripes"]["methods"] = ["ce"]
+    write_params(tree)
+    assert executor().run_stage("feature") == []
+    assert list(Path("runs/quick/feature/stripes").iterdir()) == []

@@ -20,12 +20,44 @@ from kdstudy.train import Training
 OUTCOMES = Path(__file__).parent / "outcomes.json"
 STUDENT, TEACHER = "wrn_10_0.25", "wrn_10_0.5"  # of 4 and 8 channels in the first stage
 # methods that are not defined for that pair, and what teaches them here; a number is that of the teachers
-OTHER_TEACHERS: dict[str, str | int] = {}
-OTHER_STUDENTS: dict[str, str] = {}
+OTHER_TEACHERS: dict[str, str | int] = {
+    "ensemble": 3,
+    "aekd": 3,
+    "lit": "wrn_16_0.25",
+    "heads": "wrn_10_0.5",
+    "tofd": "wrn_10_0.5+sepheads",
+    "relative_heads": "wrn_10_0.5+heads",
+    "few_sample": "wrn_10_0.5",
+    "fsp": "resnet14x0.25",
+}
+OTHER_STUDENTS: dict[str, str] = {
+    "heads": "wrn_10_0.5+heads",  # the teacher itself, with heads
+    "fitnets": "cnn_small",  # a wide ResNet's guided stage ends in a batch norm that the hint phase cannot train
+    "few_sample": "wrn_10_0.5_pruned0.5",  # the teacher itself, with half as many channels inside its blocks
+    "fsp": "resnet8x0.25",  # as wide as its teacher; a wide ResNet's last batch norm lies behind the last map
+}
 # the loss of these is zero for a student that equals its teacher, and nothing they train stands in between
-ZERO_FOR_EQUALS = {"kd", "spherical", "two_temperature"}
+ZERO_FOR_EQUALS = {
+    "few_sample",
+    "kd",
+    "logit_mimic",
+    "dkd",
+    "logit_standardisation",
+    "mlkd",
+    "heads",
+    "spherical",
+    "two_temperature",
+    "attention",
+    "neuron_selectivity",
+    "relational",
+    "instance_graph",
+    "similarity",
+    "probabilistic",
+    "correlation",
+    "fsp",
+}
 # their loss draws random numbers or depends on which images stand beside each other, as their papers have it
-ORDER_MATTERS: set[str] = set()
+ORDER_MATTERS = {"crd", "semckd", "multi_head_graph"}
 taught = [key for key, method in METHODS.items() if method.needs_teacher]
 on_logits = [key for key in taught if METHODS[key].reads == ("logits",)]
 offline = pytest.mark.parametrize("key", taught)
@@ -63,7 +95,7 @@ def make_scheme(key: str, dtype: torch.dtype = torch.float64) -> Scheme:
     student = network(OTHER_STUDENTS.get(key, STUDENT), dtype)
     method = build_method(key)
     networks = (student, teacher_for(key, dtype)) if method.needs_teacher else (student,)
-    scheme = SCHEMES[scheme_of(METHODS[key])](*networks, method, batch_of(16, dtype))
+    scheme = SCHEMES[scheme_of(METHODS[key])](*networks, method, batch_of(24, dtype))
     scheme.prepare(lambda: [batch_of(32, dtype).images])
     return scheme
 
@@ -177,7 +209,7 @@ def test_zero_for_equal_networks_where_the_formula_says_so(key):
     if key in ZERO_FOR_EQUALS:
         assert abs(loss.item()) < 1e-10
     else:
-        assert loss.item() > 1e-4
+        assert loss.item() > 1e-6
 
 
 @pytest.mark.parametrize("key", METHODS)

@@ -26,7 +26,7 @@ def changed(place: str, value: object) -> dict:
 def test_the_committed_file_is_sound():
     params = load_params(ROOT / "params.yaml")
     check_methods(params)
-    assert set(params.settings_of("quick")) == {"digits"}
+    assert set(params.settings_of("quick")) == {"digits", "digits_equal"}
     assert len(params.settings_of("thesis")) == 7
 
 

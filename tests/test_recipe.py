@@ -88,3 +88,26 @@ def test_milestones_that_fall_together_in_a_short_phase_count_once():
     assert recipe.for_phase(Phase("heads", lambda *_: {}, share=0.1)).milestones == (1,)
     # never at the first epoch: that would be another learning rate to begin with
     assert recipe.for_phase(Phase("heads", lambda *_: {}, share=0.01)).milestones == (1,)
+
+
+def test_a_phase_has_its_share_of_epochs_and_milestones_and_its_rate():
+    recipe = Recipe(**VALID, milestones=(60, 120, 160), weight_decay=1e-4)
+    assert recipe.for_phase(Phase("all of it", dict)) == recipe
+    part = recipe.for_phase(Phase("part", dict, share=0.25, rate=0.1, recipe={"weight_decay": 0.0}))
+    assert part.learning_rate == pytest.approx(0.01)
+    assert part == Recipe(
+        epochs=50, batch=128, learning_rate=part.learning_rate, milestones=(15, 30, 40), weight_decay=0.0
+    )
+
+
+def test_what_a_phase_overrides_is_absolute():
+    phase = Phase("own", dict, share=0.5, rate=0.5, recipe={"epochs": 3, "milestones": (), "learning_rate": 0.7})
+    part = Recipe(**VALID, milestones=(60,)).for_phase(phase)
+    assert (part.epochs, part.milestones, part.learning_rate) == (3, (), 0.7)
+
+
+@pytest.mark.parametrize("name", ["share", "rate"])
+@pytest.mark.parametrize("value", [0, -0.1, math.inf])
+def test_a_phase_without_length_or_learning_rate_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be a finite number above 0, not {value!r}"):
+        Phase("none", dict, **{name: value})

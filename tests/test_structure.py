@@ -12,21 +12,25 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kdstudy"
-FLOORS = (
-    {"core", "files", "workers"},
-    {"image_set", "recipe", "progress", "edits", "adapters", "blocks", "margins", "heads"},
-    {"sources", "data", "models", "response", "relative", "attention", "hints", "exits", "boundaries", "cross_layer", "reuse"},
-    {"schemes", "evaluate", "checkpoint", "params"},
-    {"train"},
-    {"device", "study"},
-    {"store"},
-    {"results"},
-    {"execute"},
-    {"answers", "equations", "notebook", "statistics"},
-    {"tables"},
-    {"figures", "lesson", "readings", "report"},
-    {"pages"},
-    {"__main__"},
+FLOORS = tuple(
+    set(floor.split())
+    for floor in (
+        "core files workers",
+        "adapters augment blocks edits heads image_set margins progress recipe",
+        "attention boundaries contrast cross_layer data ensembles exits few_samples hints layers logits "
+        "models penultimate relative response reuse samples sections sources",
+        "checkpoint collaborative evaluate params schemes",
+        "train",
+        "device study",
+        "costs store",
+        "results",
+        "execute",
+        "answers equations notebook statistics",
+        "tables",
+        "figures lesson literature readings report",
+        "pages",
+        "__main__",
+    )
 )
 TRAINING_HALF = set().union(*FLOORS[:9])
 ALLOWED_THERE = {"torch", "torchvision", "numpy", "pandas", "yaml", "safetensors", "sklearn"}

@@ -59,8 +59,11 @@ def test_the_id_leaves_names_and_defaults_out(planner):
 
 def test_runs_of_one_seed_share_their_teacher(planner):
     for seed in (0, 1, 2):
-        teachers = {spec_of(planner, row, seed).teacher.id for row in planner.rows("digits", "response")}
-        assert teachers == {planner.teacher("digits", seed).id}
+        own = planner.teacher("digits", seed)
+        taught = [spec_of(planner, row, seed).teacher for row in planner.rows("digits", "response")]
+        assert {spec.id for spec in taught if spec.purpose == "final"} == {own.id}
+        between = {spec.row: spec.teacher for spec in taught if spec.purpose == "teaching"}
+        assert between == {"class_distance: teacher": None, "assistant: teacher": own}
 
 
 def test_tuning_holds_images_out_of_student_and_teacher(planner):
@@ -112,7 +115,8 @@ def test_every_method_describes_itself(key):
     described = describe_method(key)
     assert json.loads(json.dumps(described)) == described
     assert described["kind"] in ("none", "response", "feature", "relation")
-    assert described["phases"] and described["paper"]
+    assert described["paper"]
+    assert described["phases"] or key == "few_sample"  # which is solved in closed form
 
 
 def test_every_method_has_a_row():

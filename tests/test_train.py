@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from test_methods import OTHER_STUDENTS, OTHER_TEACHERS
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import (
     CPU,
@@ -40,10 +41,10 @@ from toy import (
 from kdstudy.checkpoint import BadFile, load_checkpoint, save_checkpoint
 from kdstudy.core import Phase
 from kdstudy.data import Draws
-from kdstudy.models import build_model
+from kdstudy.models import Ensemble, build_model
 from kdstudy.response import SphericalKD, VanillaKD
-from kdstudy.schemes import Alone, Batch, Losses, Offline, Scheme, Turn
-from kdstudy.study import METHODS
+from kdstudy.schemes import Batch, Losses, Scheme, Turn
+from kdstudy.study import METHODS, SCHEMES, scheme_of
 from kdstudy.train import Diverged, Stopped, Training
 
 
@@ -544,16 +545,23 @@ def test_the_guard_refuses_what_would_wait(wait):
 METHODS_OF_TESTS = {"two_phases": TwoPhases, "plain": Plain}
 
 
+def studys_network(wanted: str | int) -> nn.Module:
+    if isinstance(wanted, int):
+        return Ensemble(studys_network("cnn_small") for _ in range(wanted))
+    return build_model(wanted, classes=3, image_size=8)
+
+
 def studys_scheme(key: str, device=CPU):
     """A method of the study on two of its networks, on 8 x 8 images."""
     torch.manual_seed(0)
-    networks = [build_model(name, classes=3, image_size=8).to(device) for name in ("wrn_10_0.25", "cnn_small")]
+    names = OTHER_STUDENTS.get(key, "wrn_10_0.25"), OTHER_TEACHERS.get(key, "cnn_small")
+    networks = [studys_network(name).to(device) for name in names]
     method = (METHODS | METHODS_OF_TESTS)[key]()
     bank = make_bank(*pictures(size=(8, 8)), dtype=torch.float32, device=device)
-    sample = Batch(next(bank.plain(2)), bank.labels[:2])
-    if not method.needs_teacher:
-        return Alone(networks[0], method, sample)
-    return Offline(*networks, method, sample)
+    images = next(bank.plain(8))
+    sample = Batch(images, bank.labels[:8], torch.arange(8, device=device), images, bank.labels)
+    scheme = scheme_of(type(method))
+    return SCHEMES[scheme](*(networks if method.needs_teacher else networks[:1]), method, sample)
 
 
 @pytest.mark.parametrize("key", METHODS | METHODS_OF_TESTS)

@@ -1,0 +1,165 @@
+"""What a method costs: extra parameters, time and memory of a training step, beside those of vanilla KD.
+
+Nothing is trained to an end here: networks have their first weights, and the images of a batch are real ones where a
+setting's data set is given.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from kdstudy.core import Phase
+from kdstudy.models import Ensemble, build_model
+from kdstudy.schemes import Batch, Scheme
+from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec, build_method, scheme_of
+from kdstudy.train import HALF
+
+REFERENCE_SETTING = "cifar100_wrn_16_2"  # the pair for which extra parameters are counted
+REFERENCE_CLASSES = 100
+COLUMNS = ("stage", "method", "phase", "finite", "time", "memory", "seconds", "megabytes", "extra_parameters")
+
+
+def untrained_scheme(spec: RunSpec, batch: Batch, classes: int) -> Scheme:
+    """The scheme of a run for images like those of `batch`, all networks with first weights of the run's seed."""
+    torch.manual_seed(spec.seed)
+    method = build_method(spec.method, **dict(spec.hyperparameters))
+    teachers = [_network(teacher.network, batch.images, classes) for teacher in spec.teachers]
+    student = _network(spec.network, batch.images, classes)
+    if not method.needs_teacher:
+        teachers = []
+    teacher = [Ensemble(teachers)] if len(teachers) > 1 else teachers
+    return SCHEMES[scheme_of(type(method))](student, *teacher, method, batch)
+
+
+def _network(name: str, images: Tensor, classes: int) -> nn.Module:
+    network = build_model(name, classes=classes, channels=images.shape[1], image_size=tuple(images.shape[2:]))
+    return network.to(device=images.device, dtype=images.dtype, memory_format=torch.channels_last)
+
+
+def extra_parameters(planner: Planner) -> dict[str, int | None]:
+    """How many numbers each method of the table trains beside the student, for WRN-40-2 and WRN-16-2 with 100 classes.
+
+    None for a method that no row of params.yaml can train on that pair.
+    """
+    images = torch.zeros(16, 3, 8, 8)  # the counts are those of 32 x 32 pixels, at a sixteenth of the work
+    labels = torch.arange(16)
+    batch = Batch(images, labels, labels, strong=images, census=torch.arange(2 * REFERENCE_CLASSES) % REFERENCE_CLASSES)
+    specs = _specs_by_method(planner, REFERENCE_SETTING)
+    counts = dict.fromkeys(METHODS)
+    for key, spec in specs.items():
+        counts[key] = _count(untrained_scheme(spec, batch, REFERENCE_CLASSES))
+    return counts
+
+
+def _specs_by_method(planner: Planner, setting: str) -> dict[str, RunSpec]:
+    specs: dict[str, RunSpec] = {}
+    for stage in planner.params.methods:
+        for row in planner.rows(setting, stage):
+            spec = planner.final(setting, stage, row, {})[0]
+            for run in (spec, *spec.teachers):
+                specs.setdefault(run.method, run)
+    return specs
+
+
+def _count(scheme: Scheme) -> int:
+    student = sum(parameter.numel() for parameter in scheme.student.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in scheme.parameters() if parameter.requires_grad) - student
+
+
+def step_costs(
+    planner: Planner,
+    setting: str,
+    batch: Batch,
+    classes: int,
+    *,
+    repeats: int = 5,
+    tell: Callable[[str], None] = lambda text: None,
+) -> pd.DataFrame:
+    """Cost of a step of every phase of every row of a setting, in the precision of its recipe, from one batch.
+
+    Columns: stage, method (the row), phase; finite (loss and all gradients); time and memory relative to a step of
+    vanilla KD, which is measured in turn with it, `repeats` times each (median); seconds; megabytes kept for the
+    backward pass and by adapters with gradient and momentum; extra_parameters. What cannot be made for this pair is
+    left out.
+    """
+    reference = _Step(planner.final(setting, "response", "kd", {})[0], batch, classes)
+    rows = []
+    for stage in planner.params.methods:
+        for row in planner.rows(setting, stage):
+            spec = planner.final(setting, stage, row, {})[0]
+            tell(f"{stage} {row}")
+            step = _Step(spec, batch, classes)
+            for phase in step.scheme.phases():
+                rows.append((stage, row, phase.name, *_cost(step, phase, reference, repeats)))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _cost(step: "_Step", phase: Phase, reference: "_Step", repeats: int) -> tuple:
+    (plain,) = reference.scheme.phases()
+    finite, kept = step.look(phase)
+    _, plain_kept = reference.look(plain)
+    pairs = [(step.seconds(phase), reference.seconds(plain)) for _ in range(repeats)]
+    seconds, plain_seconds = (median(values) for values in zip(*pairs, strict=True))
+    megabytes, extra = (kept + step.owned()) / 1e6, _count(step.scheme)
+    return finite, seconds / plain_seconds, 1e6 * megabytes / plain_kept, seconds, megabytes, extra
+
+
+class _Step:
+    """A training step that can be taken again and again from the same batch."""
+
+    def __init__(self, spec: RunSpec, batch: Batch, classes: int):
+        self.half = HALF[spec.recipe.precision]
+        self.batch = batch
+        self.scheme = untrained_scheme(spec, batch, classes)
+        self.scheme.prepare(lambda: [batch.images])
+
+    def loss(self, phase: Phase) -> Tensor:
+        self.scheme.set_modes(phase)
+        self.scheme.set_clocks(0, 1)
+        turns = self.scheme.turns(phase)
+        return sum(sum(self.scheme.losses(phase, turn, self.batch, self.half).terms.values()) for turn in turns)
+
+    def look(self, phase: Phase) -> tuple[bool, int]:
+        """Whether loss and gradients are finite, and how many bytes the backward pass needs kept."""
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss(phase)
+        loss.backward()
+        gradients = [p.grad for p in self.scheme.parameters() if p.grad is not None]
+        finite = bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+        own = {p.untyped_storage().data_ptr() for p in self.scheme.parameters()}
+        self.scheme.zero_grad(set_to_none=True)
+        return finite, sum(size for pointer, size in kept.items() if pointer not in own)
+
+    def owned(self) -> int:
+        """Bytes of the adapters: parameters three times, with gradient and momentum, and buffers."""
+        adapters = self.scheme.adapters
+        trained = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in adapters.parameters())
+        return trained + sum(buffer.numel() * buffer.element_size() for buffer in adapters.buffers())
+
+    def seconds(self, phase: Phase) -> float:
+        """The time of forward, backward and update."""
+        parameters = [p for p in self.scheme.trained_parameters(phase.trains) if p.requires_grad]
+        optimiser = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
+        _wait(self.batch.images)
+        start = time.perf_counter()
+        self.loss(phase).backward()
+        optimiser.step()
+        _wait(self.batch.images)
+        self.scheme.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+
+def _wait(images: Tensor) -> None:
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
