@@ -144,11 +144,16 @@ def trained(ledger: Ledger, spec: RunSpec, device: torch.device) -> tuple[nn.Mod
 
     Raises FileNotFoundError if its weights are not on this machine, BadFile if it keeps adapters.
     """
-    weights = _weights(ledger, spec)
     data = DataOnDevice(read_image_set(data_path(spec.dataset)), device)
+    return load_trained(ledger, spec, data), data
+
+
+def load_trained(ledger: Ledger, spec: RunSpec, data: DataOnDevice) -> nn.Module:
+    """The network of a finished run on its data, in eval mode; raises as `trained` does."""
+    weights = _weights(ledger, spec)
     network = data.build(spec.network, spec.recipe)
     load_weights(network, weights)
-    return network.eval(), data
+    return network.eval()
 
 
 def _parts(network: nn.Module, data: DataOnDevice, spec: RunSpec) -> dict[str, Answers]:

@@ -142,14 +142,14 @@ class Executor:
         total = sum(spec.epochs for spec in missing)
         done = dict.fromkeys((spec.id for spec in missing), 0.0)
         shared = (self.ledger, self.setting, str(self.device))
-        for _, group in groupby(missing, key=lambda spec: spec.depth):  # a student's teachers come before it
-            specs = list(group)
 
-            def tell(number: int, epochs: float, text: str, specs=specs) -> None:
-                done[specs[number].id] = epochs
-                self._report(sum(done.values()), total, f"{specs[number]} {text}")
+        def tell(spec: RunSpec, epochs: float, text: str) -> None:
+            done[spec.id] = epochs
+            self._report(sum(done.values()), total, f"{spec} {text}")
 
-            side_by_side(_make_in_worker, shared, specs, workers, tell=tell, should_stop=self._should_stop)
+        # a student's teachers come before it
+        groups = [list(group) for _, group in groupby(missing, key=lambda spec: spec.depth)]
+        side_by_side(_make_in_worker, shared, groups, workers, tell=tell, should_stop=self._should_stop)
 
     def _missing(self, specs: Iterable[RunSpec]) -> list[RunSpec]:
         """Those without a record, behind all teachers whose weights they need and that have none."""

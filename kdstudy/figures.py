@@ -3,23 +3,26 @@
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 
 import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from kdstudy.answers import Sample, Target
 from kdstudy.files import atomic_write
 from kdstudy.insides import Looks, Sides
+from kdstudy.relations import image_gap
 from kdstudy.tables import label, thesis_title
 
 DPI = 120
@@ -414,6 +417,74 @@ def _strip(ax: Axes, name: str, on: np.ndarray, teacher: np.ndarray) -> None:
 
 
 @styled
+def image_relations(tables: Mapping[str, Mapping[str, Tensor]], class_names: Sequence[str]) -> Figure:
+    """How networks relate images, darker where two are more alike: `relations.image_tables` by network, teacher first.
+
+    `class_names` are those of the images, which stand class by class. Above each student: `relations.image_gap`.
+    """
+    shown = {"maps": "similarities of last maps", "cosines": "cosines of embeddings"}
+    figure = _figure(height=len(shown) * (WIDTH / len(tables) + 0.1))
+    axes = figure.subplots(len(shown), len(tables), squeeze=False)
+    for row, (kind, text) in zip(axes, shown.items(), strict=True):
+        networks = {name: each[kind] for name, each in tables.items()}
+        low, high = _usual_values(networks.values())
+        for ax, (name, table) in zip(row, networks.items(), strict=True):
+            drawn = ax.imshow(table.numpy(), cmap="Blues", vmin=low, vmax=high, interpolation="nearest")
+            apart = "" if name == "teacher" else f": {image_gap(table, networks['teacher']):.3f} off"
+            ax.set_title(label(name) + apart)
+            _name_classes(ax, class_names)
+        row[0].set_ylabel(text)
+        figure.colorbar(drawn, ax=row, fraction=0.02, pad=0.01).outline.set_visible(False)
+    return figure
+
+
+def _usual_values(tables: Iterable[Tensor]) -> tuple[float, float]:
+    """Limits that leave out the outermost percents, and every image's likeness to itself."""
+    apart = [table.numpy()[~np.eye(len(table), dtype=bool)] for table in tables]
+    low, high = np.quantile(np.concatenate(apart), [0.01, 0.99])
+    return float(low), float(high)
+
+
+def _name_classes(ax: Axes, class_names: Sequence[str]) -> None:
+    """Lines between the classes, and a name in the middle of each."""
+    starts = [place for place, name in enumerate(class_names) if not place or name != class_names[place - 1]]
+    middles = [(start + end - 1) / 2 for start, end in pairwise([*starts, len(class_names)])]
+    names = [class_names[start] for start in starts]
+    for start in starts[1:]:
+        ax.axhline(start - 0.5, color="white", lw=0.6)
+        ax.axvline(start - 0.5, color="white", lw=0.6)
+    ax.set_xticks(middles, names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=7)
+    ax.set_yticks(middles, names, fontsize=7)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+@styled
+def flow_matrices(matrices: Mapping[str, Tensor], stage: int) -> Figure:
+    """FSP's matrices (m, n) from a stage to the next by network, the teacher's first, all on one scale.
+
+    Above each student: the length of the difference to the teacher's, as a share of the teacher's.
+    """
+    first = matrices["teacher"]
+    height, width = first.shape
+    figure = _figure(height=0.7 + WIDTH / len(matrices) * height / width)
+    axes = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
+    low, high = (function(torch.stack(list(matrices.values()))).item() for function in (torch.amin, torch.amax))
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        drawn = ax.imshow(matrix.numpy(), cmap="Blues", vmin=low, vmax=high, interpolation="nearest")
+        apart = "" if name == "teacher" else f": {100 * float((matrix - first).norm() / first.norm()):.0f} % off"
+        ax.set_title(label(name) + apart)
+        ax.set_xlabel(f"channel of stage {stage + 1}")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0].set_ylabel(f"channel of stage {stage}")
+    figure.colorbar(drawn, ax=axes, fraction=0.02, pad=0.01, shrink=0.8).outline.set_visible(False)
+    return figure
+
+
+@styled
 def published_and_ours(table: pd.DataFrame, title: str) -> Figure:
     """Published accuracy (diamond) and ours (dot with 95 % interval) by method, from `tables.thesis_table`.
 
@@ -466,10 +537,10 @@ def share_curves(results: pd.DataFrame) -> Figure:
     if final.empty:
         ax.set_title("No run has finished.")
         return figure
-    ax.axhline(final.teacher_accuracy.mean(), color=SOFT, lw=1, label="Teacher")
+    ax.axhline(final.groupby("seed").teacher_accuracy.first().mean(), color=SOFT, lw=1, label="Teacher")
     methods = final.method.unique()
     places = SIDESTEP ** np.linspace(-1, 1, len(methods))
-    for method, place, look in zip(methods, places, itertools.cycle(LINES)):  # noqa: B905 - as many looks as needed
+    for method, place, look in zip(methods, places, itertools.cycle(LINES)):
         _share_line(ax, final[final.method == method], place, label=label(method), **look)
     shares = sorted(final.share.unique())
     ax.set_xticks(shares, [f"{share:g} %" for share in shares])

@@ -14,21 +14,27 @@ import torch
 from IPython.display import Markdown
 from torch import Tensor
 
-from kdstudy.answers import Sample, edited
+from kdstudy.answers import Answers, Sample, edited
 from kdstudy.augment import StrongDraw
 from kdstudy.core import Method, View
 from kdstudy.data import Draws, ImageBank
 from kdstudy.device import DataOnDevice
+from kdstudy.exits import edit_rates
 from kdstudy.few_samples import FewSample
 from kdstudy.image_set import ImageSet, channel_statistics, holdout_split
+from kdstudy.insides import Sides
 from kdstudy.models import build_model, count_parameters
 from kdstudy.recipe import Recipe
+from kdstudy.relations import spread, view_of
 from kdstudy.results import Ledger
+from kdstudy.samples import Correlation, InstanceGraph, Probabilistic, Relational, SimilarityPreserving
 from kdstudy.study import METHODS, Planner, RunSpec
 from kdstudy.tables import (
+    BASELINE_STAGE,
     comparison_table,
     label,
     published_results,
+    share_table,
     thesis_table,
     thesis_title,
     to_markdown,
@@ -36,6 +42,7 @@ from kdstudy.tables import (
     write_table,
 )
 
+FEW_DATA = "few_data"  # the stage whose rows are trained on a share of the images
 DIFFERENCES = "Differs from the printed text"
 
 
@@ -95,7 +102,7 @@ def _per_class(labels: np.ndarray, classes: int) -> str:
 
 def samples(images: ImageSet, columns: int = 10, rows: int = 2) -> tuple[np.ndarray, list[str]]:
     """The first `rows` training images of up to `columns` classes, spread evenly over all, and their classes' names."""
-    classes = np.unique(np.linspace(0, images.classes - 1, columns).round().astype(int))
+    classes = spread(images.classes, columns)
     firsts = {c: np.flatnonzero(images.y_train == c)[:rows] for c in classes}
     picked = [(firsts[c][row], c) for row in range(rows) for c in classes if row < len(firsts[c])]
     return images.x_train[[index for index, _ in picked]], [images.class_names[c] for _, c in picked]
@@ -165,6 +172,8 @@ def _shown(value: Any) -> str:
 def rows_table(planner: Planner, setting: str, stage: str) -> Markdown:
     """The rows that a stage trains for a setting: name, class, hyperparameters of params.yaml, cells of its grid."""
     rows = [_row(planner, setting, stage, row) for row in planner.rows(setting, stage)]
+    if not rows:
+        return Markdown(f"The setting `{setting}` trains no row of the stage `{stage}`.")
     return table(pd.DataFrame(rows, columns=["row", "called", "class", "hyperparameters", "grid cells"]))
 
 
@@ -218,7 +227,7 @@ def shares_table(planner: Planner, setting: str, stage: str, images: ImageSet) -
             row[-1] = str(min(method.samples, len(labels)))
     heads = ["share", "images", "of each class", "steps of an epoch", "steps of a run", "images that FSKD aligns on"]
     if not rows:
-        return Markdown("This setting trains nothing on fewer images.")
+        return Markdown(f"The setting `{setting}` trains nothing on fewer images.")
     return table(pd.DataFrame([rows[share] for share in sorted(rows)], columns=heads))
 
 
@@ -246,6 +255,15 @@ def _taught(spec: RunSpec) -> tuple[str, ...]:
     return f"`{spec.row}`", spec.network, f"{count} x {first.network}" if count > 1 else first.network, seeds, learned
 
 
+def baselines(ledger: Ledger, setting: str) -> list[RunSpec]:
+    """The final runs of the CE student and of vanilla KD, which the stage `response` of the same setting makes.
+
+    A row that the setting lacks, or whose grid is not finished yet, is left out.
+    """
+    rows = [row for row in ("ce", "kd") if row in ledger.planner.rows(setting, BASELINE_STAGE)]
+    return [spec for row in rows for spec in ledger.final(setting, BASELINE_STAGE, row)]
+
+
 def editing_methods(planner: Planner, setting: str, stage: str) -> dict[str, Method]:
     """The rows of a stage that edit the teacher's target, with the numbers of params.yaml."""
     methods = {row: planner.final(setting, stage, row, {})[0].build_method() for row in planner.rows(setting, stage)}
@@ -262,6 +280,88 @@ def edits_table(sample: Sample, methods: Mapping[str, Method]) -> Markdown:
         rows[row] = (label(row), *target.after)
     heads = [f"class {name}" + (" (label)" if c == sample.label else "") for c, name in enumerate(sample.class_names)]
     return table(pd.DataFrame(rows.values(), columns=["target", *heads]), sample.title)
+
+
+def finished(ledger: Ledger, setting: str, *rows: str) -> dict[str, RunSpec]:
+    """The run of the first seed of each of these rows, whatever their stage.
+
+    Left out are rows that the setting does not train, and runs that have diverged.
+    """
+    known = {row: stage for stage in ledger.planner.params.methods for row in ledger.planner.rows(setting, stage)}
+    firsts = {row: ledger.final(setting, known[row], row)[:1] for row in rows if row in known}
+    records = {row: (spec, ledger.store.record(spec)) for row, specs in firsts.items() for spec in specs}
+    return {row: spec for row, (spec, record) in records.items() if record and record["status"] == "finished"}
+
+
+def likeness_table(likeness: Mapping[str, Sequence[float]]) -> Markdown:
+    """`insides.Looks.likeness`: a row per student, a column per stage."""
+    rows = [(label(name), *cosines) for name, cosines in likeness.items()]
+    stages = [f"stage {number}" for number in range(1, len(rows[0]))]
+    return table(pd.DataFrame(rows, columns=["student", *stages]), "Likeness to the teacher's maps: mean cosine")
+
+
+def agreement_table(sides: Sides) -> Markdown:
+    """`insides.Sides.agreement`, and what saying always the same would reach."""
+    rows = [(label(name), share) for name, share in sides.agreement.items()]
+    rows.append(("always the more frequent side", sides.constant))
+    return table(pd.DataFrame(rows, columns=["student", "neurons (%)"]), "Sides of the teacher's neurons named right")
+
+
+def blindness_table(teacher: Tensor, students: Mapping[str, Tensor]) -> Markdown:
+    """What the losses on relations between images say of several students' points (B, D), without their weights.
+
+    Above them the squared distance of the points themselves, mean over the images.
+    """
+    parts = {
+        "relational: distances": Relational(distance_weight=1.0, angle_weight=0.0),
+        "relational: angles": Relational(distance_weight=0.0, angle_weight=1.0),
+        "instance graph: edges": InstanceGraph(vertex_weight=0.0, edge_weight=1.0, transformation_weight=0.0),
+        "similarity preserving": SimilarityPreserving(),
+        "probabilistic transfer": Probabilistic(),
+        "correlation congruence": Correlation(),
+    }
+    apart = [(points - teacher).square().sum(dim=1).mean().item() for points in students.values()]
+    labels = torch.zeros(len(teacher), dtype=torch.int64)
+    rows = [("squared distance", *apart)]
+    for name, method in parts.items():
+        losses = [method.loss(view_of(points), view_of(teacher), labels, {}) for points in students.values()]
+        rows.append((name, *(round(loss.item(), 9) for loss in losses)))
+    return table(pd.DataFrame(rows, columns=["loss", *students]), floatfmt=".4f")
+
+
+def closeness_table(closeness: pd.DataFrame, results: pd.DataFrame) -> Markdown:
+    """`relations.closeness` and the test accuracy, means over a row's runs, the closest cosines first."""
+    if closeness.empty:
+        return Markdown("There are no finished students to look into.")
+    scores = results[results.purpose == "final"][["method", "seed", "test_accuracy"]]
+    measured = ["maps", "distances", "cosines", "flows", "test_accuracy"]
+    means = closeness.merge(scores, on=["method", "seed"]).groupby("method", sort=False)[measured].mean()
+    means = means.sort_values("cosines", kind="stable").dropna(axis=1, how="all")
+    means.insert(0, "student", means.index.map(label))
+    heads = {
+        "maps": "similarities of last maps",
+        "distances": "distances of embeddings",
+        "cosines": "cosines of embeddings",
+        "test_accuracy": "test accuracy (%)",
+    }
+    floatfmt = ["", *[".3f"] * (means.shape[1] - 2), ".2f"]
+    return table(means.rename(columns=heads), "How far students are from the teacher's relations", floatfmt)
+
+
+def heads_table(exits: Sequence[Mapping[str, Answers]]) -> Markdown:
+    """How good each exit of a teacher is (`answers.exit_answers`), and what the edits do to its targets.
+
+    Accuracy on the test images; edits on the crops that a student sees in its first epoch, all in percent.
+    """
+    rows = []
+    for number, parts in enumerate(exits, start=1):
+        seen, name = parts["augmented"], f"head {number}" if number < len(exits) else "classifier"
+        v2, v4 = (edit_rates(edit, [View(seen.logits)], seen.labels)[0] for edit in ("relative_v2", "relative_v4"))
+        shares = v2.raised, v2.lowered * np.nan_to_num(v2.unchanged), v4.lowered * np.nan_to_num(v4.unchanged)
+        right = 1 - parts["test"].wrong.double().mean().item()
+        rows.append((name, *(100 * share for share in (right, *shares))))
+    heads = ["exit", "test accuracy", "label raised (V2)", "left as it is (V2)", "left as it is (V4)"]
+    return table(pd.DataFrame(rows, columns=heads), "The teacher's exits; edits of the targets of the first epoch (%)")
 
 
 def kd_temperature(planner: Planner, setting: str) -> float:
@@ -306,6 +406,18 @@ def write_comparisons(results: pd.DataFrame, folder: Path) -> dict[str, pd.DataF
     for setting, frame in tables.items():
         write_table(frame, folder / f"comparison_{setting}", f"Students on {setting}")
     return tables
+
+
+def write_shares(ledger: Ledger, profile: str, folder: Path) -> list[str]:
+    """Write the tables of the settings that have runs on fewer images: shares_<setting>.*; returns the settings."""
+    written = []
+    for setting in ledger.planner.params.settings_of(profile):
+        specs = ledger.runs(setting, FEW_DATA) + on_all_images(ledger, setting, FEW_DATA)
+        results = by_share(ledger.frame(specs), specs)
+        if (results.share < 100).any():
+            write_table(share_table(results, setting), folder / f"shares_{setting}", f"Fewer images on {setting}")
+            written.append(setting)
+    return written
 
 
 def write_tunings(results: pd.DataFrame, folder: Path) -> dict[str, pd.DataFrame]:

@@ -41,7 +41,7 @@ class Setting:
     `methods` limits the rows, None means all of a stage; `without` names rows that are not defined for these networks.
     `networks` names further networks that rows ask for; rows that ask for one which is not named are left out.
     `teacher_recipe` is the teacher's, where it is not the students'. `ensembles` asks for the accuracy of the networks
-    of all seeds together.
+    of all seeds together. `overrides` are hyperparameters of rows that suit this setting better, before any grid.
     """
 
     profile: str
@@ -56,6 +56,7 @@ class Setting:
     networks: Mapping[str, str] = field(default_factory=dict)
     teacher_recipe: str | None = None
     ensembles: bool = False
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def network(self, pattern: str) -> str | None:
         """The network that a row means by "{teacher}" or "{plain}+heads"; None where the setting has none of the name.
@@ -211,7 +212,7 @@ def _check_names(params: Params) -> None:
             look_up(f"grid of setting {name}:", setting.grid, params.grids)
         if setting.teacher_recipe is not None:
             look_up(f"teacher_recipe of setting {name}:", setting.teacher_recipe, params.recipes)
-        for row in (*(setting.methods or ()), *setting.without):
+        for row in (*(setting.methods or ()), *setting.without, *setting.overrides):
             look_up(f"method of setting {name}:", row, dict.fromkeys(rows))
         if not setting.seeds or len(set(setting.seeds)) != len(setting.seeds) or min(setting.seeds) < 0:
             raise ValueError(f"settings.{name}.seeds must be distinct numbers of at least 0, not {list(setting.seeds)}")

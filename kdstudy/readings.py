@@ -8,9 +8,9 @@ from IPython.display import Markdown
 
 from kdstudy.answers import Answers
 from kdstudy.results import Ledger
-from kdstudy.statistics import Interval, mean_interval, paired_difference
+from kdstudy.statistics import Interval, holm, mean_interval, paired_difference
 from kdstudy.study import Planner
-from kdstudy.tables import label, tuning_table
+from kdstudy.tables import BASELINE_STAGE, label, tuning_table
 
 SIGNIFICANT = 0.05
 MACHINERY_PROFILE = "quick"
@@ -147,9 +147,11 @@ def share_reading(table: pd.DataFrame, profile: str) -> Markdown:
     found = table[table.n > 0]
     if found.empty:
         return Markdown("- No student has finished.")
-    # of one network and share, the row without a difference is the one that the others are compared with
-    lines = [f"- {label(method)}: {_on_shares(rows)}." for method, rows in found.groupby("method", sort=False)]
-    lines.append("- In brackets: points more or less than labels alone, for the same network, images and seeds.")
+    lines = [
+        "- Test accuracy by share of the training images; in brackets the points more or less than labels alone, with "
+        "the same network, images and seeds:"
+    ]
+    lines += [f"  - {label(method)}: {_on_shares(rows)}" for method, rows in found.groupby("method", sort=False)]
     lines += [_won_back(rows) for _, rows in found.groupby("student", sort=False)]
     lines.append(_share_verdict(found[found.p_holm.notna()]))
     if profile == MACHINERY_PROFILE:
@@ -207,23 +209,7 @@ def alignment_reading(before: Mapping[str, float], results: pd.DataFrame, seed: 
             f"- The teacher of seed {seed} gets {aligned.teacher_accuracy.mean():.2f} % of the test images right. "
             f"Pruned, as `{network}`, it gets {accuracy:.2f} %. Aligned: {after}."
         )
-    return Markdown("\n".join(lines) or "This setting prunes no network.")
-
-
-def tuning_reading(planner: Planner, setting: str, stage: str) -> Markdown:
-    """Which rows of a stage were tuned, and what that means for a comparison with those that were not."""
-    rows = planner.rows(setting, stage)
-    tuned = [label(row) for row in rows if planner.tuning(setting, stage, row)]
-    if not tuned:
-        return Markdown(
-            "- No row of this setting was tuned: all have the numbers of `params.yaml`. Where these are a paper's, "
-            "they were made for other images and networks."
-        )
-    return Markdown(
-        f"- Tuned on held-out images: {', '.join(tuned)}. The other rows ({len(rows) - len(tuned)} of {len(rows)}) "
-        "have the numbers of `params.yaml`. Where these are a paper's, they were made for other images and networks, "
-        "so that a difference to a tuned row is also one of tuning."
-    )
+    return Markdown("\n".join(lines) or "No network of this setting is pruned.")
 
 
 def control_reading(results: pd.DataFrame, setting: str, controls: Mapping[str, str]) -> Markdown:
@@ -243,6 +229,56 @@ def _difference(accuracy: pd.Series, reference: pd.Series) -> str:
     return _interval(interval, " points", "+.2f") if interval.n else "no seed has both"
 
 
+def weights_reading(planner: Planner, setting: str, stage: str) -> Markdown:
+    """With what right the rows of a stage without grids are compared with vanilla KD."""
+    cells = len(planner.tuning(setting, BASELINE_STAGE, "kd")) if "kd" in planner.rows(setting, BASELINE_STAGE) else 0
+    kd = f"were chosen on held-out images, out of {cells} cells" if cells else "are those of `params.yaml`, not tuned"
+    rows, own = planner.rows(setting, stage), planner.setting(setting).overrides
+    tuned = [label(row) for row in rows if planner.tuning(setting, stage, row)]
+    by_hand = [label(row) for row in rows if row in own and not planner.tuning(setting, stage, row)]
+    except_for = f" but {', '.join(tuned + by_hand)}" if tuned or by_hand else ""
+    lines = [
+        f"- The numbers of vanilla KD {kd}. The rows of this stage{except_for} have the weights of their papers or "
+        "authors, made for other images and other networks. A row that is behind here may be a good method with a "
+        "wrong weight."
+    ]
+    if by_hand:
+        lines.append(f"- Set by hand for this setting, in `params.yaml`: {', '.join(by_hand)}.")
+    return Markdown("\n".join(lines))
+
+
+def sizes_reading(results: pd.DataFrame) -> Markdown:
+    """Which rows deploy a network of another size than the CE student's, so that accuracies alone are no fair race."""
+    sizes = results[results.purpose == "final"].groupby("method", sort=False).student_parameters.first()
+    if "ce" not in sizes:
+        return Markdown("- There is no CE student to compare the sizes with.")
+    usual = sizes["ce"]
+    others = [f"{label(row)} {size:,.0f} ({size / usual - 1:+.0%})" for row, size in sizes.items() if size != usual]
+    if not others:
+        return Markdown(f"- All rows deploy a network of {usual:,.0f} parameters.")
+    return Markdown(f"- The CE student has {usual:,.0f} parameters. Other sizes are deployed by: {', '.join(others)}.")
+
+
+def heads_reading(results: pd.DataFrame, setting: str) -> Markdown:
+    """The thesis's open question, answered as far as the runs do: what the edits of the heads' targets change."""
+    controls = {"heads_v2": "heads_plain", "heads_v4": "heads_plain", "heads_plain": "heads_labels"}
+    finals = results[(results.setting == setting) & (results.purpose == "final")]
+    accuracies = {row: runs.set_index("seed").test_accuracy for row, runs in finals.groupby("method")}
+    edits = [row for row in ("heads_v2", "heads_v4") if {row, "heads_plain"} <= accuracies.keys()]
+    p_values = holm([paired_difference(accuracies[row], accuracies["heads_plain"])[1] for row in edits])
+    text = control_reading(results, setting, controls).data
+    if not edits:
+        return Markdown(text)
+    sure = [label(row) for row, p in zip(edits, p_values, strict=True) if p < SIGNIFICANT]
+    shown = "; ".join(f"{label(row)} {p:.2g}" for row, p in zip(edits, p_values, strict=True) if not np.isnan(p))
+    tests = f"p after Holm's correction: {shown}" if shown else "no p can be computed"
+    if sure:
+        verdict = f"make a difference that chance alone would hardly make: {', '.join(sure)}"
+    else:
+        verdict = "make no difference that can be told from chance with these seeds"
+    return Markdown(f"{text}\n- Held against plain targets on the same heads, the edits {verdict} ({tests}).")
+
+
 def teaching_reading(results: pd.DataFrame) -> Markdown:
     """How good the networks are that were trained only to teach the students of a stage."""
     teaching = results[(results.purpose == "teaching") & (results.status == "finished")]
@@ -252,6 +288,47 @@ def teaching_reading(results: pd.DataFrame) -> Markdown:
         for row, runs in teaching.groupby("method", sort=False)
     ]
     return Markdown("\n".join(lines) or "- No row of this setting has a teacher of its own.")
+
+
+def closeness_reading(closeness: pd.DataFrame, results: pd.DataFrame) -> Markdown:
+    """What `relations.closeness` says: of methods in their own measure, of FSP, and of closeness and accuracy."""
+    means = closeness.groupby("method", sort=False)[["maps", "distances", "cosines", "flows"]].mean()
+    lines = []
+    if {"ce", "similarity"} <= set(means.index):
+        ours, ce = means.loc["similarity"], means.loc["ce"]
+        lines.append(
+            f"- Similarity preserving matches the similarities of the last maps. Its students are {ours.maps:.3f} off "
+            f"the teacher there, the CE students {ce.maps:.3f}. It does not look at the embeddings: their cosines are "
+            f"{ours.cosines:.3f} off, those of the CE students {ce.cosines:.3f}."
+        )
+    if {"ce", "relational_distance"} <= set(means.index):
+        ours, ce = means.loc["relational_distance"], means.loc["ce"]
+        lines.append(
+            f"- Relational KD matches distances. By these alone, its students are {ours.distances:.3f} off, the CE "
+            f"students {ce.distances:.3f}; in the cosines {ours.cosines:.3f} and {ce.cosines:.3f}."
+        )
+    if {"ce", "fsp"} <= set(means.index) and not np.isnan(means.flows["fsp"]):
+        ours, ce = 100 * means.flows[["fsp", "ce"]]
+        lines.append(
+            f"- The flows of FSP's students end {ours:.0f} % off the teacher's, of the CE students {ce:.0f} %. "
+            "Flows were matched in the first phase alone; the labels have moved them since."
+        )
+    lines += _closest(means, results)
+    return Markdown("\n".join(lines) or "- There is too little here to compare.")
+
+
+def _closest(means: pd.DataFrame, results: pd.DataFrame) -> list[str]:
+    if len(means) < 5:
+        return []
+    accuracy = results[results.purpose == "final"].groupby("method").test_accuracy.mean().loc[means.index]
+    order = -means.cosines.rank().corr(accuracy.rank())
+    nearest = means.cosines.idxmin()
+    return [
+        f"- The cosines that are closest to the teacher's are those of {label(nearest)}, rank "
+        f"{accuracy.rank(ascending=False, method='min')[nearest]:.0f} of {len(means)} by accuracy. Over all rows, "
+        f"closeness and accuracy have a rank correlation of {order:.2f}; at 1 the closer student would always be the "
+        "better one."
+    ]
 
 
 def optimism_reading(results: pd.DataFrame) -> Markdown:

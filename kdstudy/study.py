@@ -234,7 +234,8 @@ class Planner:
 
     def _student(self, setting, stage, name, overrides, seed, purpose) -> RunSpec:
         row = self.params.methods[stage][name]
-        row = replace(row, hyperparameters={**row.hyperparameters, **overrides})
+        own = self.setting(setting).overrides.get(name, {})
+        row = replace(row, hyperparameters={**row.hyperparameters, **own, **overrides})
         first, *others = self._taught_by(setting, stage, name, row, seed, purpose)
         return self._spec(setting, stage, purpose, name, row, seed, teacher=first, co_teachers=tuple(others))
 
@@ -294,10 +295,14 @@ class Planner:
 
 
 def check_methods(params: Params) -> None:
-    """Build every row of every stage, and every cell of every grid, once. Raises ValueError naming the row."""
+    """Build every row of every stage once, alone and with every setting's overrides and every cell of every grid.
+
+    Raises ValueError naming the row.
+    """
     for stage, rows in params.methods.items():
         for name, row in rows.items():
             cells = [cell for grid in params.grids.values() for cell in grid.cells(name)]
+            cells += [setting.overrides[name] for setting in params.settings.values() if name in setting.overrides]
             try:
                 for cell in [{}, *cells]:
                     build_method(row.method, **{**row.hyperparameters, **cell})

@@ -25,40 +25,45 @@ def cores() -> int:
 def side_by_side(
     work: Work,
     shared: Any,
-    tasks: Sequence[Any],
+    groups: Sequence[Sequence[Any]],
     workers: int,
     *,
-    tell: Callable[[int, float, str], None],
+    tell: Callable[[Any, float, str], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Call `work(shared, task, tell, should_stop)` for every task, in `workers` processes, in the order of the tasks.
+    """Call `work(shared, task, tell, should_stop)` for every task of every group, in `workers` processes.
 
-    `work` is a function of a module, `shared` and the tasks can be pickled; `shared` reaches a worker once. What a
-    worker tells arrives here as (number of the task, how much is done, text). The first error ends all workers: they
-    are asked to stop and then it is raised. An interrupt from the keyboard is an error of this process.
+    A group begins when the one before it is done. `work` is a function of a module, `shared` and the tasks can be
+    pickled; `shared` reaches a worker once. What a worker tells arrives here as (task, how much is done, text). The
+    first error ends all workers: they are asked to stop and then it is raised. An interrupt from the keyboard is an
+    error of this process.
     """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA, nor threads that its parent had
     told, stop = context.Queue(), context.Event()
     with ProcessPoolExecutor(workers, context, _begin, (work, shared, told, stop)) as pool:
         try:
-            pending = {pool.submit(_do, number, task) for number, task in enumerate(tasks)}
-            while pending:
-                done, pending = wait(pending, timeout=POLL_SECONDS, return_when="FIRST_EXCEPTION")
-                _pass_on(told, tell)
-                for future in done:
-                    future.result()
-                if should_stop():
-                    stop.set()
+            tasks = []
+            for group in groups:
+                pending = {pool.submit(_do, number, task) for number, task in enumerate(group, start=len(tasks))}
+                tasks += group
+                while pending:
+                    done, pending = wait(pending, timeout=POLL_SECONDS, return_when="FIRST_EXCEPTION")
+                    _pass_on(told, tasks, tell)
+                    for future in done:
+                        future.result()
+                    if should_stop():
+                        stop.set()
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             told.close()
 
 
-def _pass_on(told: Any, tell: Callable[[int, float, str], None]) -> None:
+def _pass_on(told: Any, tasks: Sequence[Any], tell: Callable[[Any, float, str], None]) -> None:
     try:
         while True:
-            tell(*told.get_nowait())
+            number, done, text = told.get_nowait()
+            tell(tasks[number], done, text)
     except queue.Empty:
         pass
 

@@ -10,15 +10,18 @@ import pytest
 import torch
 import yaml
 
-from kdstudy.answers import teacher_answers
+from kdstudy import figures, lesson
+from kdstudy.answers import before_alignment, teacher_answers
 from kdstudy.checkpoint import BadFile, save_weights
 from kdstudy.device import choose_device, data_path
 from kdstudy.evaluate import logits_of
 from kdstudy.execute import Executor, open_ledger
+from kdstudy.few_samples import pruned_state
 from kdstudy.image_set import ImageSet, save_image_set
 from kdstudy.models import build_model
 from kdstudy.results import RESULT_COLUMNS
 from kdstudy.store import Store
+from kdstudy.tables import share_table
 from kdstudy.train import Training
 
 TREE = {
@@ -400,3 +403,85 @@ def test_a_stage_without_rows_publishes_an_empty_folder(folder):
     write_params(tree)
     assert executor().run_stage("feature") == []
     assert list(Path("runs/quick/feature/stripes").iterdir()) == []
+
+
+def few_images(**setting) -> dict:
+    """A teacher that can be pruned, and two stages: all images, and a half of them."""
+    rows = {"ce_50": {"method": "ce", "images": 0.5}, "kd_50": {"method": "kd", "images": 0.5}}
+    aligned = {"method": "few_sample", "network": "{teacher}_pruned0.5", "samples": 40}
+    tree = taught({"ce": {}, "kd": {}, "dist": {}}, seeds=[0], teacher="resnet8x0.5", **setting)
+    rows |= {"few_sample_50": aligned | {"images": 0.5}, "few_sample_100": aligned, "other": aligned | {"ridge": 0.1}}
+    tree["methods"]["few_data"] = rows
+    return tree
+
+
+def test_runs_on_few_images_are_shown_beside_those_on_all(folder):
+    write_params(few_images())
+    first = executor()
+    first.run_stage("response")
+    specs = [*lesson.on_all_images(first.ledger, "stripes", "few_data"), *first.run_stage("few_data")]
+    assert [spec.row for spec in specs] == ["ce", "kd", "ce_50", "few_sample_100", "few_sample_50", "kd_50", "other"]
+    results = lesson.by_share(first.ledger.frame(specs), specs)
+    assert list(results.method) == ["ce", "kd", "ce", "few_sample", "few_sample", "kd", "other"]
+    assert list(results.share) == [100, 100, 50, 100, 50, 50, 100]
+    compared = share_table(results, "stripes")
+    assert list(compared.method[compared.pairs == 1]) == ["kd", "kd"]
+    histories = lesson.by_share(first.ledger.histories(specs), specs)
+    assert set(histories.method) == {"ce", "kd"}  # nothing is trained by gradient in the others
+    assert len(figures.show_curves_by_share(histories, folder / "figures")) == 1
+    text = lesson.shares_table(first.ledger.planner, "stripes", "few_data", stripes()).data
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert cells == [["50 %", "30", "10", "2", "4", "30"], ["100 %", "60", "20", "4", "8", "40"]]
+
+
+def test_a_stage_that_aligns_and_trains_nothing_is_shown_without_curves(folder):
+    write_params(few_images(methods=["few_sample_100"]))
+    first = executor()
+    specs = first.run_stage("few_data")
+    assert lesson.on_all_images(first.ledger, "stripes", "few_data") == []
+    assert first.ledger.frame(specs).epochs.tolist() == [0]
+    histories = first.ledger.histories(specs)
+    figures.show(figures.method_curves(histories), folder / "none.png")
+    assert figures.show_curves_by_share(lesson.by_share(histories, specs), folder) == []
+
+
+def test_a_setting_without_few_images_shows_sentences(folder):
+    write_params(few_images(methods=["ce"]))
+    first = executor()
+    assert first.run_stage("few_data") == lesson.on_all_images(first.ledger, "stripes", "few_data") == []
+    assert "nothing on fewer" in lesson.shares_table(first.ledger.planner, "stripes", "few_data", stripes()).data
+    assert "no row" in lesson.rows_table(first.ledger.planner, "stripes", "few_data").data
+
+
+def test_the_pruned_teacher_is_scored_before_it_is_aligned(folder):
+    write_params(few_images())
+    first = executor()
+    (spec,) = (spec for spec in first.run_stage("few_data") if spec.row == "few_sample_100")
+    teacher = first._teacher(spec.teacher)
+    pruned = first._data.build(spec.network, spec.recipe)
+    pruned.load_state_dict(pruned_state(pruned, teacher))
+    test = first._data.watched(0, spec.recipe)["test"]
+    right = (pruned.eval()(next(test.plain(30))).logits.argmax(dim=1) == test.labels).double().mean().item()
+    assert before_alignment(first.ledger, spec, torch.device("cpu")) == pytest.approx(100 * right)
+    first.store.weights(spec.teacher.id).unlink()
+    with pytest.raises(FileNotFoundError, match="without its weights"):
+        before_alignment(first.ledger, spec, torch.device("cpu"))
+
+
+def test_a_settings_own_hyperparameters_come_before_its_grid(folder):
+    tree = taught({"ce": {}, "kd": {"temperature": 2.0, "ce_weight": 0.5}})
+    tree["settings"]["stripes"]["overrides"] = {"kd": {"temperature": 3.0}}
+    write_params(tree)
+    planner = executor().ledger.planner
+    spec = planner.final("stripes", "response", "kd", {})[0]
+    assert dict(spec.hyperparameters) == {"temperature": 3.0, "ce_weight": 0.5}
+    chosen = planner.final("stripes", "response", "kd", {"temperature": 7.0})[0]
+    assert dict(chosen.hyperparameters)["temperature"] == 7.0
+    for wrong, message in (
+        ({"kd": {"temprature": 3.0}}, "temprature"),
+        ({"kdd": {}}, "did you mean 'kd'"),
+    ):
+        tree["settings"]["stripes"]["overrides"] = wrong
+        write_params(tree)
+        with pytest.raises(ValueError, match=message):
+            executor()

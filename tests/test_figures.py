@@ -221,3 +221,81 @@ def test_images_of_any_channels_are_shown_under_their_captions(channels, tmp_pat
     assert [ax.get_title() for ax in figure.axes] == ["a", "b", "c", ""]
     shown = np.asarray(figure.axes[1].images[0].get_array())
     assert np.array_equal(shown, images[1] if channels > 2 else images[1, ..., 0])
+
+
+def on_shares(**accuracies: dict[float, list[float]]) -> pd.DataFrame:
+    """Final runs by method and share (percent); seeds counted from 0."""
+    rows = [
+        (method, share, seed, "final", accuracy, 95.0 + seed)
+        for method, by_share in accuracies.items()
+        for share, values in by_share.items()
+        for seed, accuracy in enumerate(values)
+    ]
+    return pd.DataFrame(rows, columns=["method", "share", "seed", "purpose", "test_accuracy", "teacher_accuracy"])
+
+
+def test_each_method_has_a_line_through_its_means_over_shares_and_a_bar_over_its_seeds():
+    runs = on_shares(ce={100.0: [90.0, 92.0], 1.0: [40.0, 50.0]}, kd={100.0: [93.0, 95.0]}, mine={1.0: [60.0, NAN]})
+    tuning = runs.head(1).assign(purpose="tuning", test_accuracy=0.0)
+    figure = figures.share_curves(pd.concat([runs, tuning]))
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert {name: list(line.get_ydata()) for name, line in lines.items()} == {
+        "Teacher": [95.5, 95.5],
+        "CE student": [45.0, 91.0],
+        "Vanilla KD": [94.0],
+        "mine": [60.0],
+    }
+    assert lines["CE student"].get_xdata() == pytest.approx([1, 100], rel=0.1)
+    assert len({line.get_xdata()[-1] for line in lines.values()}) == 4  # side by side
+    bars = [[segment[:, 1].tolist() for segment in bar.get_segments()] for bar in ax.collections]
+    assert bars == [[[40.0, 50.0], [90.0, 92.0]], [[93.0, 95.0]], [[60.0, 60.0]]]
+    assert ticks(ax.xaxis) == ["1 %", "100 %"]
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == ["Teacher", "Vanilla KD", "CE student", "mine"]
+
+
+def test_shares_without_a_finished_run_can_be_drawn(tmp_path):
+    figures.show(figures.share_curves(on_shares(ce={1.0: [NAN]})), tmp_path / "none.png")
+
+
+def test_more_methods_than_looks_are_all_drawn():
+    figure = figures.share_curves(on_shares(**{f"m{number}": {1.0: [50.0]} for number in range(9)}))
+    assert len(figure.legends[0].get_texts()) == 10
+
+
+def test_learning_curves_of_each_small_share_stand_by_themselves(tmp_path):
+    runs = [("ce", 0, "final"), ("kd", 0, "final"), ("ce", 1, "final")]
+    shares = {"run0": 100.0, "run1": 10.0, "run2": 1.0}
+    frame = histories(*runs)
+    images = figures.show_curves_by_share(frame.assign(share=frame.run.map(shares)), tmp_path)
+    assert len(images) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"learning_curves_1.png", "learning_curves_10.png"}
+    assert figures.show_curves_by_share(pd.DataFrame().assign(share=[]), tmp_path) == []
+
+
+def test_relations_between_images_are_drawn_with_their_distance_to_the_teacher_and_classes_by_name(tmp_path):
+    torch.manual_seed(0)
+    maps, cosines = (torch.rand(6, 6).fill_diagonal_(100) for _ in range(2))  # an image's likeness to itself
+    tables = {
+        "teacher": {"maps": maps, "cosines": cosines},
+        "similarity": {"maps": maps, "cosines": cosines + 0.25},
+    }
+    figure = figures.image_relations(tables, ["cat", "cat", "dog", "dog", "dog", "eel"])
+    figures.show(figure, tmp_path / "relations.png")
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    titles = ["Teacher", "Similarity preserving: 0.000 off", "Teacher", "Similarity preserving: 0.250 off"]
+    assert [ax.get_title(loc="left") for ax in panels] == titles
+    assert np.array_equal(panels[3].images[0].get_array(), tables["similarity"]["cosines"].numpy())
+    first, second, third, fourth = (ax.images[0].get_clim() for ax in panels)
+    assert first == second and third == fourth and first[1] < 1 < third[1] < 1.25
+    assert ticks(panels[0].xaxis) == ["cat", "dog", "eel"] and list(panels[0].get_xticks()) == [0.5, 3.0, 5.0]
+
+
+def test_flows_are_drawn_on_one_scale_with_their_distance_as_a_share_of_the_teachers(tmp_path):
+    teacher = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    figure = figures.flow_matrices({"teacher": teacher, "fsp": teacher * 1.5}, stage=1)
+    figures.show(figure, tmp_path / "flows.png")
+    panels = figure.axes[:2]
+    assert [ax.get_title(loc="left") for ax in panels] == ["Teacher", "FSP: 50 % off"]
+    assert {ax.images[0].get_clim() for ax in panels} == {(0.0, 6.0)}

@@ -26,7 +26,7 @@ FLOORS = tuple(
         "results",
         "execute",
         "answers equations notebook statistics",
-        "tables",
+        "insides relations tables",
         "figures lesson literature readings report",
         "pages",
         "__main__",

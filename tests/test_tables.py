@@ -18,8 +18,10 @@ from kdstudy.tables import (
     cell_order,
     comparison_table,
     published_results,
+    share_table,
     thesis_table,
     thesis_title,
+    to_markdown,
     tuning_table,
     write_table,
 )
@@ -405,3 +407,51 @@ def test_csv_has_no_negative_zero_and_keeps_small_p_values(tmp_path):
     first = next(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
     assert (first["difference_to_kd"], float(first["p_holm"])) == ("0.0", 1.235e-7)
     assert "+0.00 [" in (tmp_path / "table.md").read_text()
+
+
+def on_shares(*rows: tuple) -> pd.DataFrame:
+    """Runs of (share, method, student, scheme, accuracies), as `lesson.by_share` gives them."""
+    runs = [
+        run | {"share": share, "student": student, "scheme": scheme, "student_parameters": 7}
+        for share, method, student, scheme, accuracies in rows
+        for run in final(method, accuracies)
+    ]
+    frame = results(*runs)
+    return frame.assign(share=[run["share"] for run in runs])
+
+
+def test_methods_are_compared_with_labels_alone_on_the_same_share_and_network():
+    table = share_table(
+        on_shares(
+            (100.0, "ce", "small", "none", [90.0, 92.0, 91.0]),
+            (100.0, "kd", "small", "offline", [91.0, 92.0, 91.5]),
+            (10.0, "ce", "small", "none", [50.0, 40.0, 60.0]),
+            (10.0, "kd", "small", "offline", [56.0, 45.0, 64.0]),
+            (10.0, "few_sample", "pruned", "offline", [80.0, 81.0, 82.0]),
+            (10.0, "pruned", "pruned", "none", [60.0, 63.0, 61.0]),
+            (100.0, "few_sample", "pruned", "offline", [83.0, 81.0, 82.0]),
+        ),
+        SETTING,
+    )
+    assert list(zip(table.share, table.method, strict=True)) == [
+        *((10.0, method) for method in ("ce", "kd", "few_sample", "pruned")),
+        *((100.0, method) for method in ("ce", "kd", "few_sample")),
+    ]
+    differences = [np.nan, 5.0, 81 - 184 / 3, np.nan, np.nan, 0.5, np.nan]
+    np.testing.assert_allclose(table.difference_to_labels, differences)
+    np.testing.assert_allclose(table.labels_alone, [np.nan, 50, 184 / 3, np.nan, np.nan, 91, np.nan])
+    raw = [stats.ttest_1samp(sample, 0).pvalue for sample in ([6, 5, 4], [20, 18, 21], [1, 0, 0.5])]
+    wanted = [max(2 * raw[0], 3 * raw[1]), 3 * raw[1], max(raw[2], 2 * raw[0])]
+    np.testing.assert_allclose(table.p_holm[[1, 2, 5]], wanted)
+
+
+def test_runs_on_shares_are_paired_by_seed_and_diverged_ones_counted():
+    frame = on_shares((10.0, "ce", "small", "none", [50.0, 40.0]), (10.0, "kd", "small", "offline", [np.nan, 46.0]))
+    row = row_of(share_table(frame, SETTING), "kd")
+    assert (row.difference_to_labels, row.pairs, row.n, row.diverged) == (6.0, 1, 1, 1)
+    printed = to_markdown(share_table(frame, SETTING), "few")
+    assert "46.00 (1 diverged)" in printed and "+6.00" in printed and "Difference to labels alone" in printed
+
+
+def test_no_runs_on_shares_make_an_empty_table():
+    assert share_table(results().assign(share=[]), SETTING).empty

@@ -16,6 +16,12 @@ def square(folder: str, task: int, tell, should_stop) -> None:
     Path(folder, str(task)).write_text(f"{task**2} {os.getpid()}")
 
 
+def later_than_its_group(folder: str, task: int, tell, should_stop) -> None:
+    assert task < 3 or (Path(folder, "1").exists() and Path(folder, "2").exists())
+    time.sleep(0.2 * (task == 1))
+    Path(folder, str(task)).touch()
+
+
 def fail_on_two(folder: str, task: int, tell, should_stop) -> None:
     if task == 2:
         raise ValueError("two is refused")
@@ -31,28 +37,34 @@ def wait_for_ever(folder: str, task: int, tell, should_stop) -> None:
 
 def test_every_task_is_done_in_another_process(tmp_path):
     told = []
-    side_by_side(square, str(tmp_path), [3, 4, 5], 2, tell=lambda *what: told.append(what), should_stop=lambda: False)
+    side_by_side(square, str(tmp_path), [[3, 4], [5]], 2, tell=lambda *what: told.append(what), should_stop=lambda: False)
     results = [(tmp_path / str(task)).read_text().split() for task in (3, 4, 5)]
     assert [int(value) for value, _ in results] == [9, 16, 25]
     assert str(os.getpid()) not in {pid for _, pid in results}
-    assert set(told) <= {(0, 1.0, "task 3"), (1, 1.0, "task 4"), (2, 1.0, "task 5")}
+    assert set(told) <= {(3, 1.0, "task 3"), (4, 1.0, "task 4"), (5, 1.0, "task 5")}
+
+
+def test_a_group_begins_when_the_one_before_is_done(tmp_path):
+    groups = [[1, 2], [3, 4]]
+    side_by_side(later_than_its_group, str(tmp_path), groups, 2, tell=lambda *_: None, should_stop=lambda: False)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3", "4"}
 
 
 def test_an_error_stops_the_others_and_is_raised(tmp_path):
     with pytest.raises(ValueError, match="two is refused"):
-        side_by_side(fail_on_two, str(tmp_path), [1, 2], 2, tell=lambda *_: None, should_stop=lambda: False)
+        side_by_side(fail_on_two, str(tmp_path), [[1, 2]], 2, tell=lambda *_: None, should_stop=lambda: False)
     assert (tmp_path / "stopped 1").exists()
 
 
 def test_a_wish_to_stop_reaches_the_workers(tmp_path):
-    side_by_side(fail_on_two, str(tmp_path), [1, 3], 2, tell=lambda *_: None, should_stop=lambda: True)
+    side_by_side(fail_on_two, str(tmp_path), [[1, 3]], 2, tell=lambda *_: None, should_stop=lambda: True)
     assert {path.name for path in tmp_path.iterdir()} == {"stopped 1", "stopped 3"}
 
 
 def test_workers_die_with_their_parent(tmp_path):
     program = (
         "from test_workers import wait_for_ever\nfrom kdstudy.workers import side_by_side\n"
-        f"if __name__ == '__main__':\n    side_by_side(wait_for_ever, {str(tmp_path)!r}, [1, 2], 2, "
+        f"if __name__ == '__main__':\n    side_by_side(wait_for_ever, {str(tmp_path)!r}, [[1, 2]], 2, "
         "tell=print, should_stop=lambda: False)"
     )
     script = tmp_path / "parent.py"
