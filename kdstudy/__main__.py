@@ -96,7 +96,7 @@ def _methods(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
-    print("extra parameters: trained beside the student and dropped, for WRN-40-2 and WRN-16-2 with 100 classes\n")
+    print("extra: numbers trained beside the student, for WRN-40-2 and WRN-16-2 with 100 classes\n")
     print(f"{'key':<24} {'kind':<9} {'scheme':<14} {'phases':<22} {'extra':>9}  paper")
     for row in rows:
         number = "-" if row["extra_parameters"] is None else f"{row['extra_parameters']:,}"

@@ -1,11 +1,11 @@
-"""Modules and functions by which two networks' maps are made comparable: one size, one width."""
+"""What makes two networks' maps and vectors comparable: one size, one width, one length; and checks of views."""
 
 from collections.abc import Iterable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdstudy.core import View
+from kdstudy.core import Method, View
 
 
 def same_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,3 +52,11 @@ def require_taps(taps: Iterable[str], student: View, teacher: View) -> None:
             shown = getattr(view, tap)
             if shown is None or (isinstance(shown, tuple) and not shown):
                 raise ValueError(f"the {who} shows no {tap}, which the method compares: choose another network")
+
+
+def require_samples(method: Method, student: View, teacher: View) -> None:
+    """Raise a ValueError unless both networks show what the method reads, for as many samples as it compares."""
+    require_taps(method.reads, student, teacher)
+    if len(student.logits) < method.least_batch:
+        count = len(student.logits)
+        raise ValueError(f"relations between samples need a batch of at least {method.least_batch}, not of {count}")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdstudy.core import Method, View, require_at_least_zero, require_positive
+from kdstudy.adapters import require_taps
+from kdstudy.core import Method, View, require_at_least_zero, require_positive, require_whole
 
 
 class Bank(nn.Module):
@@ -103,8 +104,9 @@ class CRD(Method):
     def __post_init__(self) -> None:
         """Refuse hyperparameters out of range."""
         super().__post_init__()
-        for name in ("negatives", "temperature", "dimension"):
-            require_positive(name, getattr(self, name))
+        for name in ("negatives", "dimension"):
+            require_whole(name, getattr(self, name))
+        require_positive("temperature", self.temperature)
         require_at_least_zero("momentum", self.momentum)
         if self.momentum >= 1:
             raise ValueError(f"momentum must be below 1, not {self.momentum!r}: the banks would never change")
@@ -160,7 +162,7 @@ class InBatchCRD(Method):
         """Refuse hyperparameters out of range."""
         super().__post_init__()
         require_positive("temperature", self.temperature)
-        require_positive("dimension", self.dimension)
+        require_whole("dimension", self.dimension)
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """The linear maps."""
@@ -175,11 +177,9 @@ class InBatchCRD(Method):
 
 
 def _embedders(student: View, teacher: View, dimension: int) -> dict[str, nn.Module]:
-    sides = {"student": student.embedding, "teacher": teacher.embedding}
-    for side, embedding in sides.items():
-        if embedding is None:
-            raise ValueError(f"contrastive distillation needs the {side}'s embedding, which this network does not show")
-    return {f"{side}_embedder": nn.Linear(embedding.shape[1], dimension) for side, embedding in sides.items()}
+    require_taps(("embedding",), student, teacher)
+    sides = {"student": student, "teacher": teacher}
+    return {f"{side}_embedder": nn.Linear(view.embedding.shape[1], dimension) for side, view in sides.items()}
 
 
 def _embedded(student: View, teacher: View, adapters: nn.ModuleDict) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The few types that everything else speaks in: `View`, `Phase`, `Method`; and the softened KL divergence."""
+"""The few types that everything else speaks in: `View`, `Phase`, `Clock`, `Method`; KL divergences and checks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ class View(NamedTuple):
     strong: "View | None" = None  # the logits for the batch's strongly augmented images
     indices: Tensor | None = None  # (B,) int64, which training images these are
     census: Tensor | None = None  # (N,) int64, the labels of all training images; only when adapters are sized
-    network: nn.Module | None = None  # the `models.StagedNet` itself, to run parts of it; a teacher's is frozen
+    network: nn.Module | None = None  # the network itself, to run parts of a `blocks.StagedNet`; a teacher's is frozen
 
     def only(self, taps: Iterable[str]) -> "View":
         """The same view without the taps that are not named (the logits always stay), so that their memory is freed."""
@@ -146,7 +146,7 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
-        """The distillation term, a scalar in nats: mean over the batch, natural logarithms, without `kd_weight`."""
+        """The distillation term, a scalar without `kd_weight`; divergences in it are in nats, means over the batch."""
 
     def label_loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
         """The hard-label term, a scalar in nats, without `ce_weight`: cross-entropy of the student's logits."""
@@ -162,7 +162,7 @@ class Method(ABC):
         return terms
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
-        """Extra modules (regressors, projections) sized by two sample views; trained with the student, not deployed."""
+        """Extra modules (regressors, projections) sized by two sample views; only those in `deploys` are kept."""
         return nn.ModuleDict()
 
     def calibrate(self, adapters: nn.ModuleDict, teacher_views: Iterable[View]) -> None:  # noqa: B027 - optional
@@ -230,6 +230,19 @@ def require_at_least_zero(name: str, value: float) -> None:
     """Raise a ValueError that names the hyperparameter unless `value` is a finite number of at least zero."""
     if not _is_number(value) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise a ValueError that names the hyperparameter unless `value` is a number from 0 to 1."""
+    require_at_least_zero(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be at most 1, not {value!r}")
+
+
+def require_whole(name: str, value: int, least: int = 1) -> None:
+    """Raise a ValueError that names the hyperparameter unless `value` is an int of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

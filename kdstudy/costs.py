@@ -66,8 +66,10 @@ def _specs_by_method(planner: Planner, setting: str) -> dict[str, RunSpec]:
 
 
 def _count(scheme: Scheme) -> int:
-    student = sum(parameter.numel() for parameter in scheme.student.parameters() if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in scheme.parameters() if parameter.requires_grad) - student
+    """How many numbers the phases train that are not the student's."""
+    own = {id(parameter) for parameter in scheme.student.parameters()}
+    trained = {id(p): p for phase in scheme.phases() for p in scheme.trained_parameters(phase.trains)}
+    return sum(p.numel() for key, p in trained.items() if p.requires_grad and key not in own)
 
 
 def step_costs(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdstudy.adapters import require_taps, same_size
-from kdstudy.core import Clock, Method, View, require_at_least_zero, require_positive, softened_kl
+from kdstudy.core import Clock, Method, View, require_at_least_zero, require_positive, require_share, softened_kl
 
 LEAST_WIDTH = 8  # below, queries and keys have fewer than two numbers and hence no direction
 
@@ -181,9 +181,7 @@ class ReviewKD(Method):
     def __post_init__(self) -> None:
         """Refuse hyperparameters out of range."""
         super().__post_init__()
-        require_at_least_zero("warm_up", self.warm_up)
-        if self.warm_up > 1:
-            raise ValueError(f"warm_up must be at most 1, the whole run, not {self.warm_up!r}")
+        require_share("warm_up", self.warm_up)
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """A fusion per level, shallow to deep, and the clock."""

@@ -17,6 +17,7 @@ from kdstudy.core import (
     require_at_least_zero,
     require_choice,
     require_positive,
+    require_share,
     softened_kl,
     target_kl,
 )
@@ -44,7 +45,11 @@ class AveragedTeachers(Method):
     * "losses": `D = mean_m T^2 KL(sigma_T(z_m) || sigma_T(z_s))`. Its gradient is that of "probabilities": the two
       differ by the teachers' disagreement, which no student can change.
 
-    The paper names the first two. Defaults: 0.1, 0.9, T 4, as for one teacher.
+    Defaults: 0.1, 0.9, T 4, as for one teacher.
+
+    Differs from the printed text:
+
+    * The paper names the first two means alone; the third is what weighted losses of several teachers compare with.
     """
 
     kind: ClassVar[str] = "response"
@@ -117,8 +122,7 @@ class AdaptiveEnsemble(Method):
         require_at_least_zero("hint_weight", self.hint_weight)
         require_positive("temperature", self.temperature)
         require_positive("tolerance", self.tolerance)
-        if self.tolerance > 1:
-            raise ValueError(f"tolerance must be at most 1, not {self.tolerance!r}")
+        require_share("tolerance", self.tolerance)
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """A regressor per teacher for the map after stage 2, if hints have a weight."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdstudy.blocks import PreActivationBlock, ResidualBlock, StagedNet, Taps
-from kdstudy.core import Method, Phase, View, require_at_least_zero, require_positive
+from kdstudy.core import Method, Phase, View, require_at_least_zero, require_whole
 
 BLOCKS = (ResidualBlock, PreActivationBlock)
 
@@ -49,12 +49,14 @@ class FewSample(Method):
     ridge: float = 1e-6
 
     def __post_init__(self) -> None:
-        """Refuse hyperparameters out of range, and a weight on labels that are not read."""
+        """Refuse hyperparameters out of range, a weight on labels that are not read, and one that would do nothing."""
         super().__post_init__()
-        require_positive("samples", self.samples)
+        require_whole("samples", self.samples)
         require_at_least_zero("ridge", self.ridge)
         if self.ce_weight:
             raise ValueError(f"ce_weight must be 0, not {self.ce_weight!r}: few-sample distillation reads no labels")
+        if self.kd_weight != 1:
+            raise ValueError(f"kd_weight must be 1, not {self.kd_weight!r}: a closed form has nothing to weigh")
 
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
         """The mean squared error of the maps before a stage's last ReLU, averaged over the stages, a scalar."""

@@ -21,6 +21,7 @@ from kdstudy.core import (
     require_at_least_zero,
     require_choice,
     require_positive,
+    require_whole,
     softened_kl,
     without_decay,
 )
@@ -68,10 +69,9 @@ class FitNets(Method):
         super().__post_init__()
         for name in ("first_kl_weight", "kl_weight"):
             require_at_least_zero(name, getattr(self, name))
-        for name in ("stage", "hint_share", "temperature"):
+        for name in ("hint_share", "temperature"):
             require_positive(name, getattr(self, name))
-        if not isinstance(self.stage, int):
-            raise ValueError(f"stage must be a whole number, not {self.stage!r}")
+        require_whole("stage", self.stage)
         if self.two_stage and not self.kd_weight:
             raise ValueError("kd_weight must be above 0, not 0: the hint phase has no other term")
         if self.two_stage and not (self.ce_weight or self.kl_weight):
@@ -125,7 +125,7 @@ def hint_regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
     """Convolution, batch norm and, unless the teacher's map has negative entries, ReLU; from one map to the other.
 
     A map twice the teacher's sides is halved (3x3, stride 2), one half of them doubled (4x4 transposed, stride 2), any
-    other larger one cut by the kernel alone, `1 + h_s - h_t`. Raises ValueError for any other smaller one.
+    other larger one cut by the kernel alone, `1 + h_s - h_t`: 1x1 for equal sides. ValueError for other smaller ones.
     """
     channels, sides = (student_map.shape[1], teacher_map.shape[1]), student_map.shape[2:]
     wanted = teacher_map.shape[2:]

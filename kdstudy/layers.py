@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdstudy.adapters import require_taps, same_size, unit_length, widen
-from kdstudy.core import Method, Phase, View, require_choice, require_positive, softened_kl
+from kdstudy.adapters import require_samples, require_taps, same_size, unit_length, widen
+from kdstudy.core import Method, Phase, View, require_choice, require_positive, require_whole, softened_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,20 +161,17 @@ class MultiHeadGraph(Method):
         super().__post_init__()
         require_positive("share", self.share)
         require_choice("reduction", self.reduction, ("mean", "sum"))
-        if not isinstance(self.heads, int) or self.heads < 2:
-            raise ValueError(f"heads must be a whole number of at least 2, as some are dropped, not {self.heads!r}")
+        require_whole("heads", self.heads, least=2)  # some are dropped
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """The attention networks of the teacher's widths, and the student's way there.
 
         Raises ValueError unless both networks have equally many stages, at least two, and for a batch of one.
         """
-        require_taps(self.reads, student, teacher)
+        require_samples(self, student, teacher)
         ours, theirs = ([stage_map.shape[1] for stage_map in view.maps] for view in (student, teacher))
         if len(ours) != len(theirs) or len(ours) < 2:
             raise ValueError(f"both networks must have the same stages, 2 or more, not {len(ours)} and {len(theirs)}")
-        if len(student.logits) < 2:
-            raise ValueError("graphs between samples need a batch of at least 2, not of 1")
         return nn.ModuleDict(
             {
                 "attention": nn.ModuleList(GraphAttention(*pair, self.heads) for pair in pairwise(theirs)),

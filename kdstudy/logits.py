@@ -19,6 +19,7 @@ from kdstudy.core import (
     require_at_least_zero,
     require_choice,
     require_positive,
+    require_share,
     softened_kl,
 )
 
@@ -112,10 +113,9 @@ class DecoupledKD(Method):
         """Refuse hyperparameters out of range."""
         super().__post_init__()
         require_positive("temperature", self.temperature)
-        for name in ("target_weight", "other_weight", "warm_up"):
+        for name in ("target_weight", "other_weight"):
             require_at_least_zero(name, getattr(self, name))
-        if self.warm_up > 1:
-            raise ValueError(f"warm_up must be a share of the epochs, at most 1, not {self.warm_up!r}")
+        require_share("warm_up", self.warm_up)
 
     def parts(self, student: View, teacher: View, labels: Tensor) -> tuple[Tensor, Tensor]:
         """TCKD and NCKD, scalars without weights."""
@@ -244,11 +244,12 @@ class MultiLevel(Method):
 
     Y. Jin, J. Wang, D. Lin, "Multi-Level Logit Distillation", CVPR 2023.
 
-    Each image is seen weakly and strongly augmented (`augment.py`): two passes of both networks. CE is the sum over
-    both views. With p the softmax of the weak `z / T`, P (B, C) its rows, the other terms sum over T 2, 3, 5, 6 and
-    `temperature`: `T^2 KL(p_t || p_s)` (weak), the same for the strong view, `||P_t P_t' - P_s P_s'||^2 / B` between
-    images and `||P_t' P_t - P_s' P_s||^2 / C` between classes. The three weak terms are for images whose top
-    probability by the teacher, and for classes whose sum over the batch, is not above the batch's median (T 1).
+    Each image is seen weakly and strongly augmented (`augment.py`): two passes of both networks. `ce_weight * CE +
+    kd_weight * (sum of four terms)`; CE is the sum over both views. With p the softmax of the weak `z / T`, P (B, C)
+    its rows, the four terms sum over T 2, 3, 5, 6 and `temperature`: `T^2 KL(p_t || p_s)` (weak), the same for the
+    strong view, `||P_t P_t' - P_s P_s'||^2 / B` between images and `||P_t' P_t - P_s' P_s||^2 / C` between classes. The
+    three weak terms are for images whose top probability by the teacher, and for classes whose sum over the batch, is
+    not above the batch's median (T 1).
 
     * `variant` "code" is what the released code computes: its masks come after the sums, so that a term is multiplied
       by the share of images or classes that pass, and its strong term takes the weak logits at T 2 and 6.

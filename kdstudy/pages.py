@@ -9,7 +9,7 @@ from kdstudy.params import load_params
 from kdstudy.report import build_report
 
 REPORTS = Path("reports")
-TITLES = {"quick": "kdstudy: the quick profile", "thesis": "kdstudy: the tables of the thesis, run anew"}
+TITLES = {"quick": "kdstudy: the quick profile", "thesis": "kdstudy: the tables of the thesis and of others, run anew"}
 QUICK = """> This profile trains tiny networks on scikit-learn's digits. It proves that the machinery works from data to
 > table; its numbers say nothing about the methods."""
 FULL = """Published numbers stand beside ours: the mean over seeds of the last epoch's test accuracy, with its 95 %
@@ -45,20 +45,22 @@ def _place(path: Path, settings: list[str]) -> tuple[int, int]:
 def _summary(folder: Path, profile: str) -> str:
     """Markdown: what the profile is, then the tables that the study is made for."""
     written = folder / "tables"
-    tables = sorted(written.glob("thesis_table_*.md")) or sorted(written.glob("comparison_*.md"))
+    published = [*sorted(written.glob("thesis_table_*.md")), *sorted(written.glob("literature_*.md"))]
+    tables = published or sorted(written.glob("comparison_*.md"))
     return "\n\n".join([QUICK if profile == "quick" else FULL, *(path.read_text(encoding="utf-8") for path in tables)])
 
 
 def update_readme(setting: str = "digits") -> None:
-    """Put the quick profile's comparison table and picture into README.md, between its markers.
+    """Put the quick profile's comparison table, folded, and the response stage's picture into README.md.
 
-    Raises ValueError if the markers are gone, FileNotFoundError if the quick profile has not been run.
+    Raises ValueError if its markers are gone, FileNotFoundError if the quick profile has not been run.
     """
     table = (REPORTS / "quick" / "tables" / f"comparison_{setting}.md").read_text(encoding="utf-8")
-    shutil.copyfile(REPORTS / "quick" / "figures" / "tables" / f"comparison_{setting}.png", PICTURE)
+    folded = f"<details><summary>All methods in numbers</summary>\n\n{table}\n</details>\n"
+    shutil.copyfile(REPORTS / "quick" / "figures" / f"response_{setting}" / "differences.png", PICTURE)
     text, count = re.subn(
         r"(<!-- quick table -->\n).*?(<!-- end -->)",
-        lambda match: f"{match[1]}{table}{match[2]}",
+        lambda match: f"{match[1]}{folded}{match[2]}",
         README.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdstudy.adapters import require_taps
 from kdstudy.core import Method, Phase, View, require_positive
 
 CLASS_DISTANCE = "Kim, Kim 2017, ICLR workshop"
@@ -38,7 +39,7 @@ class ClassDistance(Method):
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """A linear layer from the student's embedding to the teacher's, if the widths differ."""
-        _require_embeddings(student, teacher)
+        require_taps(("embedding",), student, teacher)
         widths = student.embedding.shape[1], teacher.embedding.shape[1]
         if widths[0] == widths[1]:
             return nn.ModuleDict({"regressor": nn.Identity()})
@@ -136,7 +137,7 @@ class ClassDistanceTeacher(Method):
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """Buffers for the class means, as wide as the network's own embedding."""
-        _require_embeddings(student)
+        require_taps(("embedding",), student, student)  # there is no teacher
         classes, width = student.logits.shape[1], student.embedding.shape[1]
         return nn.ModuleDict({"class_means": ClassMeans(classes, width, self.momentum)})
 
@@ -183,7 +184,7 @@ class FeatureNormalised(Method):
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """None; refuses networks without an embedding or a classifier on it."""
-        _require_embeddings(student, teacher)
+        require_taps(("embedding",), student, teacher)
         for view in (student, teacher):
             if not hasattr(view.network, "classifier"):
                 raise ValueError("the method needs networks that end in a `classifier` on their embedding")
@@ -199,11 +200,6 @@ class FeatureNormalised(Method):
         """The soft cross-entropy of the normalised logits, a scalar in nats."""
         target = self.normalised_logits(teacher).softmax(dim=1)
         return F.cross_entropy(self.normalised_logits(student), target)
-
-
-def _require_embeddings(*views: View) -> None:
-    if any(view.embedding is None for view in views):
-        raise ValueError("the method needs networks that show their embedding")
 
 
 def _memberships(labels: Tensor, classes: int) -> Tensor:

@@ -16,7 +16,8 @@ class Recipe:
     "step" multiplies the learning rate by `factor` at the start of each epoch in `milestones` (0-based) and reports the
     last of `epochs` epochs. "plateau" needs held-out images: it multiplies by `factor` after `patience` epochs in a row
     without a better accuracy on them and stops after `stop_patience` such epochs, or after `epochs` at the latest.
-    Weight decay acts on every trained parameter. Raises ValueError naming the field that is out of range.
+    Weight decay acts on every trained parameter that `core.without_decay` has not marked. Raises ValueError naming the
+    field that is out of range.
     """
 
     epochs: int

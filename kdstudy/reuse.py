@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdstudy.adapters import require_taps, same_size
-from kdstudy.core import Method, Phase, View
+from kdstudy.core import Method, Phase, View, require_whole
 
 
 def pooled_map(view: View) -> Tensor:
@@ -80,8 +80,7 @@ class ReusedClassifier(Method):
         super().__post_init__()
         if self.ce_weight:
             raise ValueError(f"ce_weight must be 0, not {self.ce_weight!r}: no label enters")
-        if type(self.reduction) is not int or self.reduction < 1:
-            raise ValueError(f"reduction must be a whole number of at least 1, not {self.reduction!r}")
+        require_whole("reduction", self.reduction)
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """The projector and a copy of the teacher's classifier.

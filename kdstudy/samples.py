@@ -13,17 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdstudy.adapters import require_taps, same_size, unit_length
-from kdstudy.core import Method, View, require_at_least_zero, require_choice, require_positive
+from kdstudy.adapters import require_samples, same_size, unit_length
+from kdstudy.core import Method, View, require_at_least_zero, require_choice, require_positive, require_whole
 
 FLOOR = 1e-12  # the least squared distance, so that equal samples have a finite gradient
-
-
-def require_samples(method: Method, student: View, teacher: View) -> None:
-    """Raise a ValueError unless both networks show what the method reads, for at least 2 samples."""
-    require_taps(method.reads, student, teacher)
-    if len(student.logits) < method.least_batch:
-        raise ValueError(f"relations between samples need a batch of at least {method.least_batch}, not of 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +179,13 @@ class SimilarityPreserving(Method):
     Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, arXiv:1907.09682.
 
     `ce_weight * CE(z_s, y) + kd_weight * 1/B^2 ||G_s - G_t||_F^2`, G the inner products `F F^T` of the flattened last
-    maps F (B, chw), each row at length 1. Default: 3000, as in the released code.
+    maps F (B, chw), each row at length 1. Default: 3000, usual since Tian et al. 2020.
+
+    Differs from the printed text:
+
+    * A sum over several pairs of layers is printed; here the last maps alone, as is usual: bare residual sums in wide
+      ResNets, after the ReLU in others.
+    * A row shorter than 1e-6, of an image without any response, counts as zero and gets no gradient.
     """
 
     kind: ClassVar[str] = "relation"
@@ -304,9 +303,7 @@ class Correlation(Method):
         super().__post_init__()
         require_choice("variant", self.variant, ("rbf", "consecutive"))
         require_positive("gamma", self.gamma)
-        require_positive("order", self.order)
-        if not isinstance(self.order, int):
-            raise ValueError(f"order must be a whole number, not {self.order!r}")
+        require_whole("order", self.order)
 
     def adapters(self, student: View, teacher: View) -> nn.ModuleDict:
         """The two linear images of "consecutive". ValueError for a network without an embedding and a batch of one."""

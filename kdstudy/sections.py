@@ -1,7 +1,8 @@
 """Methods that run parts of one network on the other's maps: LIT, AdaIN transfer, residual distillation.
 
 Maps t_j and s_j (B, c, h, w) are those of teacher and student after stage j = 1..S, t_0 those of the teacher's stem.
-The scheme detaches them. The teacher is frozen and in eval mode; gradient passes through its stages to the student.
+The scheme detaches the teacher's. The teacher is frozen and in eval mode; gradient passes through its stages to the
+student. Parts that run a second time belong to the loss: they run in full precision whatever the recipe's is.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdstudy.adapters import paired_maps, widen
-from kdstudy.core import Clock, Method, Phase, View, require_at_least_zero, require_positive
+from kdstudy.core import Clock, Method, Phase, View, require_at_least_zero, require_positive, require_share
 from kdstudy.margins import Margin, connector, partial_l2
 
 COPIED = ("stem", "embed", "classifier")  # what LIT takes from the teacher: all but the stages
@@ -56,7 +57,7 @@ class LIT(Method):
         """Refuse hyperparameters out of range."""
         super().__post_init__()
         require_positive("temperature", self.temperature)
-        _require_share("section_weight", self.section_weight)
+        require_share("section_weight", self.section_weight)
 
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
         """`T^2 H(teacher, student)`, a scalar."""
@@ -115,8 +116,8 @@ class AdaIN(Method):
     With mean and (biased) deviation of each sample and channel over h and w, the teacher's map takes on the student's
     statistics, `t'_j = std(s_j) (t_j - mean(t_j)) / std(t_j) + mean(s_j)`, and passes through the rest of the teacher:
 
-    `CE + kd_weight * sum_j [ mean_{b,c} (mean(s_j) - mean(t_j))^2 + mean_{b,c} (std(s_j) - std(t_j))^2
-    + tail_weight * mean_{b,k} (tail_j(t'_j)_k - z_{t,k})^2 ]`
+    `ce_weight * CE(z_s, y) + kd_weight * sum_j [ mean_{b,c} (mean(s_j) - mean(t_j))^2
+    + mean_{b,c} (std(s_j) - std(t_j))^2 + tail_weight * mean_{b,k} (tail_j(t'_j)_k - z_{t,k})^2 ]`
 
     where tail_j gives logits. Where widths differ, s_j first passes a 1x1 convolution with batch norm; sizes may
     differ. Defaults: all weights 1.
@@ -183,7 +184,7 @@ class JointRD(Method):
     before its activation; p_s and p_t are the student's and the teacher's. Gradients thus reach a student without
     shortcuts through the teacher's:
 
-    `CE(z_s, y) + kd_weight * (m sum_i CE(z_i, y) + margin_weight * [ D(p_s) + m sum_i D(p_i) ])`
+    `ce_weight * CE(z_s, y) + kd_weight * (m sum_i CE(z_i, y) + margin_weight * [ D(p_s) + m sum_i D(p_i) ])`
 
     D is the partial L2 distance of the comprehensive overhaul to p_t (`margins`), summed over c, h and w, mean over the
     batch, behind a 1x1 convolution with batch norm for each p. `m` falls from 1 to `floor` along half a cosine over the
@@ -209,7 +210,7 @@ class JointRD(Method):
         """Refuse hyperparameters out of range."""
         super().__post_init__()
         require_at_least_zero("margin_weight", self.margin_weight)
-        _require_share("floor", self.floor)
+        require_share("floor", self.floor)
         require_positive("decay_share", self.decay_share)
 
     def branch_weight(self, clock: Clock) -> Tensor:
@@ -254,9 +255,3 @@ def _require_equal_sizes(student: View, teacher: View) -> None:
         if one.shape[2:] != other.shape[2:]:
             sides = "{} x {} and {} x {}".format(*one.shape[2:], *other.shape[2:])
             raise ValueError(f"maps of both networks must have equal sides, but stage {number} has {sides} pixels")
-
-
-def _require_share(name: str, value: float) -> None:
-    require_at_least_zero(name, value)
-    if value > 1:
-        raise ValueError(f"{name} must be at most 1, not {value!r}")

@@ -88,7 +88,9 @@ METHOD_LABELS: Mapping[str, str] = {
     "attention_10": "Attention transfer, 10 %",
     "similarity_10": "Similarity preserving, 10 %",
     "few_sample_10": "FSKD, 10 %",
+    "pruned_1": "Pruned network, labels, 1 %",
     "pruned_10": "Pruned network, labels, 10 %",
+    "pruned_100": "Pruned network, labels",
     "few_sample_100": "FSKD, 100 %",
 }
 

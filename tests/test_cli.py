@@ -27,11 +27,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_methods_for_readers_and_for_machines(capsys):
     assert main(["methods"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(METHODS)
+    lines = capsys.readouterr().out.splitlines()
+    assert "WRN-40-2" in lines[0] and lines[2].split() == ["key", "kind", "scheme", "phases", "extra", "paper"]
+    assert [line.split()[0] for line in lines[3:]] == list(METHODS)
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["key"] for row in rows] == list(METHODS)
-    assert {"key", "kind", "scheme", "phases", "paper"} <= set(rows[0])
+    assert {"key", "kind", "scheme", "phases", "paper", "hyperparameters", "extra_parameters"} <= set(rows[0])
 
 
 def test_a_run_without_pipeline_and_what_is_finished_stays_so(folder):

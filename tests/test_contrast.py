@@ -295,9 +295,10 @@ def test_scores_stay_finite_in_float32_at_the_default_temperature():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("negatives", 0, "negatives must be a finite number above 0"),
+        ("negatives", 0, "negatives must be a whole number of at least 1"),
+        ("negatives", 100.5, "negatives must be a whole number of at least 1, not 100.5"),
         ("temperature", 0.0, "temperature must be a finite number above 0"),
-        ("dimension", -1, "dimension must be a finite number above 0"),
+        ("dimension", -1, "dimension must be a whole number of at least 1"),
         ("momentum", -0.1, "momentum must be a finite number of at least 0"),
         ("momentum", 1.0, "momentum must be below 1, not 1.0: the banks would never change"),
     ],
@@ -317,7 +318,7 @@ def test_networks_without_an_embedding_are_refused(method):
         (shown._replace(embedding=None), shown, "student"),
         (shown, View(shown.logits), "teacher"),
     ):
-        with pytest.raises(ValueError, match=f"needs the {side}'s embedding"):
+        with pytest.raises(ValueError, match=f"the {side} shows no embedding"):
             method.adapters(student, teacher)
 
 

@@ -18,6 +18,8 @@ from kdstudy.core import (
     require_at_least_zero,
     require_choice,
     require_positive,
+    require_share,
+    require_whole,
     softened_kl,
     target_kl,
 )
@@ -202,6 +204,21 @@ def test_requirements_let_what_is_allowed_pass():
     require_positive("temperature", 1e-9)
     require_at_least_zero("ce_weight", 0)
     require_choice("mode", "norm", ("norm", "layernorm"))
+    for share in (0, 0.5, 1):
+        require_share("warm_up", share)
+    require_whole("heads", 2, least=2)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", True])
+def test_require_share_names_what_is_no_share(value):
+    with pytest.raises(ValueError, match=f"warm_up must be .* not {value!r}"):
+        require_share("warm_up", value)
+
+
+@pytest.mark.parametrize("value", [1, 2.0, float("nan"), "2", True])
+def test_require_whole_names_what_is_no_count(value):
+    with pytest.raises(ValueError, match=f"heads must be a whole number of at least 2, not {value!r}"):
+        require_whole("heads", value, least=2)
 
 
 def test_require_choice_lists_the_choices():

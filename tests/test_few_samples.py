@@ -196,7 +196,9 @@ def test_several_teachers_are_refused():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("samples", 0, "samples must be a finite number above 0"),
+        ("samples", 0, "samples must be a whole number of at least 1"),
+        ("samples", 0.5, "samples must be a whole number of at least 1, not 0.5"),
+        ("kd_weight", 0.5, "kd_weight must be 1, not 0.5: a closed form has nothing to weigh"),
         ("ridge", -1.0, "ridge must be a finite number of at least 0"),
         ("ce_weight", 0.1, "ce_weight must be 0, not 0.1: few-sample distillation reads no labels"),
     ],
@@ -246,5 +248,4 @@ def test_on_digits_alignment_repairs_what_pruning_broke_without_training(tmp_pat
     training = Training(scheme, recipe, train, seed=0, watch={"test": test}, surroundings=surroundings)
     assert training.run() == [] and not told and not (tmp_path / "checkpoint.pt").exists()
     assert training.seconds > 0
-    print(accuracy(teacher, test), accuracy(other, test), accuracy(scheme.deployed, test))
     assert accuracy(scheme.deployed, test) > accuracy(other, test) + 15

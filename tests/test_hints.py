@@ -480,8 +480,8 @@ def test_defaults_are_the_published_ones():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (FitNets, {"stage": 0}, "stage must be .* above 0, not 0"),
-        (FitNets, {"stage": 1.5}, "stage must be a whole number, not 1.5"),
+        (FitNets, {"stage": 0}, "stage must be a whole number of at least 1, not 0"),
+        (FitNets, {"stage": 1.5}, "stage must be a whole number of at least 1, not 1.5"),
         (FitNets, {"stage": True}, "stage must be .* not True"),
         (FitNets, {"temperature": 0.0}, "temperature must be .* above 0, not 0.0"),
         (FitNets, {"hint_share": 0.0}, "hint_share must be .* above 0, not 0.0"),

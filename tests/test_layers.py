@@ -498,7 +498,7 @@ def test_graphs_need_maps():
         (FSP, {"share": 0.0}, "share must be .* not 0.0"),
         (FSP, {"reduction": "none"}, "reduction must be one of sum, mean, not 'none'"),
         (MultiHeadGraph, {"share": -1.0}, "share must be .* not -1.0"),
-        (MultiHeadGraph, {"heads": 1}, "heads must be a whole number of at least 2, as some are dropped, not 1"),
+        (MultiHeadGraph, {"heads": 1}, "heads must be a whole number of at least 2, not 1"),
         (MultiHeadGraph, {"heads": 2.5}, "heads must be .* not 2.5"),
         (MultiHeadGraph, {"reduction": "none"}, "reduction must be one of mean, sum, not 'none'"),
         (MultiHeadGraph, {"kd_weight": -1.0}, "kd_weight must be .* not -1.0"),

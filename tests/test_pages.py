@@ -51,13 +51,14 @@ def test_nothing_to_report_yet(folder):
 
 def test_the_readme_takes_table_and_picture(folder):
     Path("reports/quick/tables").mkdir(parents=True)
-    Path("reports/quick/figures/tables").mkdir(parents=True)
+    Path("reports/quick/figures/response_digits").mkdir(parents=True)
     Path("docs").mkdir()
     Path("reports/quick/tables/comparison_digits.md").write_text("| new \\1 |\n")
-    Path("reports/quick/figures/tables/comparison_digits.png").write_bytes(b"picture")
+    Path("reports/quick/figures/response_digits/differences.png").write_bytes(b"picture")
     Path("README.md").write_text("before\n<!-- quick table -->\n| old |\n<!-- end -->\nafter\n")
     pages.update_readme()
-    assert Path("README.md").read_text() == "before\n<!-- quick table -->\n| new \\1 |\n<!-- end -->\nafter\n"
+    folded = "<details><summary>All methods in numbers</summary>\n\n| new \\1 |\n\n</details>\n"
+    assert Path("README.md").read_text() == f"before\n<!-- quick table -->\n{folded}<!-- end -->\nafter\n"
     assert Path("docs/quick.png").read_bytes() == b"picture"
     Path("README.md").write_text("no markers")
     with pytest.raises(ValueError, match="markers"):

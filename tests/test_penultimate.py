@@ -337,7 +337,7 @@ def test_an_embedding_of_zeros_has_a_finite_gradient():
 
 @pytest.mark.parametrize("method", [ClassDistance(), FeatureNormalised(), ClassDistanceTeacher()], ids=repr)
 def test_networks_without_an_embedding_are_refused(method):
-    with pytest.raises(ValueError, match="networks that show their embedding"):
+    with pytest.raises(ValueError, match="the student shows no embedding"):
         method.adapters(View(torch.zeros(2, 3)), seeing(random_embedding(2, 3)))
 
 

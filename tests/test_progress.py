@@ -103,7 +103,9 @@ def test_a_terminal_gets_one_line_that_moves_and_fits():
         terminal.update(1, 4, "first")
         terminal.update(2, 4, "a very long text\nover two lines " * 20)
         terminal.close()
-        drawn = os.read(master, 65536).decode()
+        drawn = ""
+        while not drawn.endswith("\n"):  # what was written arrives in pieces
+            drawn += os.read(master, 65536).decode()
     os.close(master)
     start, first, second = drawn.split("\r\x1b[K")
     assert start == ""

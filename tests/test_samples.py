@@ -512,7 +512,7 @@ def test_an_instance_graph_of_stages_that_do_not_fit_is_refused(widths):
         (Correlation, {"variant": "gaussian"}, "variant must be one of rbf, consecutive, not 'gaussian'"),
         (Correlation, {"gamma": 0.0}, "gamma must be .* not 0.0"),
         (Correlation, {"order": 0}, "order must be .* not 0"),
-        (Correlation, {"order": 1.5}, "order must be a whole number, not 1.5"),
+        (Correlation, {"order": 1.5}, "order must be a whole number of at least 1, not 1.5"),
         (SimilarityPreserving, {"kd_weight": -1.0}, "kd_weight must be .* not -1.0"),
     ],
 )

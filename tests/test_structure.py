@@ -127,6 +127,20 @@ def test_stages_depend_on_the_code_that_they_run():
                 assert (ROOT / dep).exists(), dep
 
 
+def test_stages_depend_on_the_methods_of_their_rows_and_on_no_others():
+    from kdstudy.params import load_params
+    from kdstudy.study import METHODS
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    files = {cls.__module__.rpartition(".")[2] for cls in METHODS.values()}
+    for stage, rows in load_params(ROOT / "params.yaml").methods.items():
+        keys = {row.method for row in rows.values()} | {row.taught_by.method for row in rows.values() if row.taught_by}
+        needed = {METHODS[key].__module__.rpartition(".")[2] for key in keys}
+        shown = {name for file in needed for name in own_modules(PACKAGE / f"{file}.py")} & files
+        listed = {Path(dep).stem for dep in stages[stage]["do"]["deps"] if dep.startswith("kdstudy/")} & files
+        assert needed <= listed <= needed | shown | {"response", "relative"}, stage
+
+
 def test_stages_give_notebooks_exactly_their_parameters():
     import nbformat
 

@@ -6,17 +6,20 @@ import io
 import json
 import re
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from kdstudy.params import load_params
 from kdstudy.tables import (
     METHOD_LABELS,
     RESULT_COLUMNS,
     cell_order,
     comparison_table,
+    label,
     published_results,
     share_table,
     thesis_table,
@@ -25,6 +28,8 @@ from kdstudy.tables import (
     tuning_table,
     write_table,
 )
+
+ROOT = Path(__file__).parent.parent
 
 SETTING = "cifar10_wrn_16_1"  # table 5
 THESIS_ORDER = ["teacher", "ce", "kd", "spherical"] + [f"relative_v{version}" for version in (1, 2, 3, 4)]
@@ -455,3 +460,10 @@ def test_runs_on_shares_are_paired_by_seed_and_diverged_ones_counted():
 
 def test_no_runs_on_shares_make_an_empty_table():
     assert share_table(results().assign(share=[]), SETTING).empty
+
+
+def test_every_row_of_params_has_a_label_of_its_own():
+    rows = [row for stage in load_params(ROOT / "params.yaml").methods.values() for row in stage]
+    labels = [label(row) for row in rows]
+    assert [row for row in rows if label(row) == row] == []
+    assert len(set(labels)) == len(labels)

@@ -37,7 +37,9 @@ def wait_for_ever(folder: str, task: int, tell, should_stop) -> None:
 
 def test_every_task_is_done_in_another_process(tmp_path):
     told = []
-    side_by_side(square, str(tmp_path), [[3, 4], [5]], 2, tell=lambda *what: told.append(what), should_stop=lambda: False)
+    side_by_side(
+        square, str(tmp_path), [[3, 4], [5]], 2, tell=lambda *what: told.append(what), should_stop=lambda: False
+    )
     results = [(tmp_path / str(task)).read_text().split() for task in (3, 4, 5)]
     assert [int(value) for value, _ in results] == [9, 16, 25]
     assert str(os.getpid()) not in {pid for _, pid in results}
