@@ -81,7 +81,7 @@ def step_costs(
     repeats: int = 5,
     tell: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
-    """Cost of a step of every phase of every row of a setting, in the precision of its recipe, from one batch.
+    """Cost of a step of every phase of a setting's rows, in the precision of its recipe, from one batch.
 
     Columns: stage, method (the row), phase; finite (loss and all gradients); time and memory relative to a step of
     vanilla KD, which is measured in turn with it, `repeats` times each (median); seconds; megabytes kept for the
@@ -93,6 +93,8 @@ def step_costs(
     for stage in planner.params.methods:
         for row in planner.rows(setting, stage):
             spec = planner.final(setting, stage, row, {})[0]
+            if spec.images != 1:
+                continue  # a step costs what it costs on all images
             tell(f"{stage} {row}")
             step = _Step(spec, batch, classes)
             for phase in step.scheme.phases():

@@ -144,7 +144,7 @@ def _decoupled(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correlated(Method):
+class DIST(Method):
     """DIST: probabilities need not be equal, only correlated, over the classes of an image and over images.
 
     T. Huang, You, F. Wang, Qian, C. Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdstudy.core import Method, View, require_at_least_zero, require_choice, require_positive, softened_kl
+from kdstudy.core import Method, View, require_choice, require_positive, require_share, softened_kl
 
 
 def hard_soft_weights(weight: float, weighs_kd: bool = False) -> dict[str, float]:
@@ -21,9 +21,7 @@ def hard_soft_weights(weight: float, weighs_kd: bool = False) -> dict[str, float
     Texts disagree on which term the number weighs: D'Amicantonio 2021 has it on the labels in eq. 2, 45 and 48 (the
     default here) and on the teacher in algorithm box 1 and eq. 28 (`weighs_kd`). ValueError unless 0 <= weight <= 1.
     """
-    require_at_least_zero("weight", weight)
-    if weight > 1:
-        raise ValueError(f"weight must be at most 1, not {weight!r}")
+    require_share("weight", weight)
     rest = round(1 - weight, 12)  # 0.1, not 0.09999999999999998: the weights are part of a run's identity
     return {"ce_weight": rest, "kd_weight": weight} if weighs_kd else {"ce_weight": weight, "kd_weight": rest}
 

@@ -183,8 +183,8 @@ class SimilarityPreserving(Method):
 
     Differs from the printed text:
 
-    * A sum over several pairs of layers is printed; here the last maps alone, as is usual: bare residual sums in wide
-      ResNets, after the ReLU in others.
+    * A sum over several pairs of layers is printed; here the last maps alone, as is usual. Those of wide ResNets are
+      bare residual sums.
     * A row shorter than 1e-6, of an image without any response, counts as zero and gets no gradient.
     """
 

@@ -76,7 +76,7 @@ METHODS: dict[str, type[Method]] = {
     "multi_head_graph": layers.MultiHeadGraph,
     "logit_mimic": logits.LogitMimic,
     "dkd": logits.DecoupledKD,
-    "dist": logits.Correlated,
+    "dist": logits.DIST,
     "logit_standardisation": logits.StandardisedKD,
     "mlkd": logits.MultiLevel,
 }

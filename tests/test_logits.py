@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kdstudy.core import Clock, View, softened_kl
-from kdstudy.logits import Correlated, DecoupledKD, LogitMimic, MultiLevel, StandardisedKD, standardised, unsure
+from kdstudy.logits import DIST, DecoupledKD, LogitMimic, MultiLevel, StandardisedKD, standardised, unsure
 from kdstudy.response import VanillaKD
 
 NO_ADAPTERS = nn.ModuleDict()
-ON_LOGITS = [LogitMimic(), DecoupledKD(), DecoupledKD(standardise=True), Correlated(), StandardisedKD()]
+ON_LOGITS = [LogitMimic(), DecoupledKD(), DecoupledKD(standardise=True), DIST(), StandardisedKD()]
 TWO_VIEWS = [MultiLevel(), MultiLevel(variant="masked"), MultiLevel(standardise=True)]
 every_method = pytest.mark.parametrize("method", ON_LOGITS + TWO_VIEWS, ids=repr)
 precisions = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -233,7 +233,7 @@ def test_decoupled_standardised_logits_are_the_oracles(dtype):
 @pytest.mark.parametrize("temperature", [1, 4])
 def test_both_correlations_are_the_oracles(temperature, dtype):
     student, teacher, _ = batch_a3(dtype)
-    parts = Correlated(temperature=float(temperature)).parts(student, teacher)
+    parts = DIST(temperature=float(temperature)).parts(student, teacher)
     for part, name in zip(parts, ("inter", "intra"), strict=True):
         wanted = oracles()[f"g_dist_B3_T{temperature}_{name}_eps1e-8"]
         assert part.dtype == dtype and part.item() == pytest.approx(wanted, abs=TOLERANCE[dtype])
@@ -241,7 +241,7 @@ def test_both_correlations_are_the_oracles(temperature, dtype):
 
 @precisions
 def test_the_correlated_total_is_the_oracle(dtype):
-    total = total_of(Correlated(), *batch_a3(dtype))
+    total = total_of(DIST(), *batch_a3(dtype))
     assert total.item() == pytest.approx(oracles()["g_dist_total_ce1_b2_g2_B3_T4_eps1e-8"], abs=4 * TOLERANCE[dtype])
 
 
@@ -251,22 +251,22 @@ def test_correlations_are_numpys():
     inter = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(p_s, p_t, strict=True)])
     intra = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(p_s.T, p_t.T, strict=True)])
     expected = 16 * (3 * (1 - inter) + 5 * (1 - intra))
-    method = Correlated(inter_weight=3.0, intra_weight=5.0)
+    method = DIST(inter_weight=3.0, intra_weight=5.0)
     assert loss_of(method, student, teacher, labels).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_two_images_always_correlate_or_oppose_and_one_is_refused():
-    assert Correlated.least_batch == 2
+    assert DIST.least_batch == 2
     for seed in range(5):
         student, teacher, _ = random_logits(2, 5, seed=seed)
-        _, intra = Correlated(temperature=1.0).parts(View(student), View(teacher))
+        _, intra = DIST(temperature=1.0).parts(View(student), View(teacher))
         opposed = ((student.softmax(1).diff(dim=0) * teacher.softmax(1).diff(dim=0)) < 0).double().mean()
         assert intra.item() == pytest.approx(2 * opposed.item(), abs=1e-3)
 
 
 def test_equal_networks_correlate_but_for_epsilon():
     _, teacher, labels = random_logits(24, 10)
-    loss = loss_of(Correlated(), teacher, teacher, labels).item()
+    loss = loss_of(DIST(), teacher, teacher, labels).item()
     assert 0 < loss < 2e-4
     rows, columns = ((teacher / 4).softmax(1) for _ in range(2))
     rows, columns = rows - rows.mean(1, keepdim=True), columns - columns.mean(0)
@@ -281,7 +281,7 @@ def test_a_class_that_never_varies_has_a_finite_gradient(dtype):
     student[:, 3:] = student[:1, 3:]
     student.requires_grad_()
     for flat in (student.detach().clone(), teacher):
-        loss = loss_of(Correlated(), student, flat, labels)
+        loss = loss_of(DIST(), student, flat, labels)
         loss.backward()
         assert loss.isfinite() and student.grad.isfinite().all()
 
@@ -506,13 +506,13 @@ def test_a_uniform_student_is_no_better_than_a_copy_of_the_teacher(method):
 def test_the_teacher_is_the_first_argument_of_the_divergence(method):
     student, teacher, labels = random_views(24, 10)
     forward, backward = loss(method, student, teacher, labels), loss(method, teacher, student, labels)
-    if isinstance(method, (LogitMimic, Correlated)):  # a distance and a correlation
+    if isinstance(method, (LogitMimic, DIST)):  # a distance and a correlation
         torch.testing.assert_close(forward, backward)
     else:
         assert abs(forward - backward) > 1e-3
 
 
-@pytest.mark.parametrize("method", [m for m in ON_LOGITS if not isinstance(m, Correlated)], ids=repr)
+@pytest.mark.parametrize("method", [m for m in ON_LOGITS if not isinstance(m, DIST)], ids=repr)
 def test_the_mean_is_over_the_batch_alone_not_over_classes(method):
     """The mean over images and classes that `kl_div` takes by default is C times smaller."""
     student, teacher, labels = random_logits(6, 100, 2.0)
