@@ -84,7 +84,7 @@ def step_costs(
     """Cost of a step of every phase of a setting's rows, in the precision of its recipe, from one batch.
 
     Columns: stage, method (the row), phase; finite (loss and all gradients); time and memory relative to a step of
-    vanilla KD, which is measured in turn with it, `repeats` times each (median); seconds; megabytes kept for the
+    vanilla KD, which is measured in turn with it (median of `repeats` ratios); seconds; megabytes kept for the
     backward pass and by adapters with gradient and momentum; extra_parameters. What cannot be made for this pair is
     left out.
     """
@@ -107,9 +107,9 @@ def _cost(step: "_Step", phase: Phase, reference: "_Step", repeats: int) -> tupl
     finite, kept = step.look(phase)
     _, plain_kept = reference.look(plain)
     pairs = [(step.seconds(phase), reference.seconds(plain)) for _ in range(repeats)]
-    seconds, plain_seconds = (median(values) for values in zip(*pairs, strict=True))
+    seconds, ratio = median(own for own, _ in pairs), median(own / other for own, other in pairs)
     megabytes, extra = (kept + step.owned()) / 1e6, _count(step.scheme)
-    return finite, seconds / plain_seconds, 1e6 * megabytes / plain_kept, seconds, megabytes, extra
+    return finite, ratio, 1e6 * megabytes / plain_kept, seconds, megabytes, extra
 
 
 class _Step:
