@@ -59,7 +59,8 @@ class Clone:
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
 
     def results(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "runs/quick/results.csv")
+        # an id or a commit of digits alone, or with one e, would be read as a number
+        return pd.read_csv(self.folder / "runs/quick/results.csv", dtype={"run": str, "commit": str})
 
 
 def shorten(tree: dict) -> None:
