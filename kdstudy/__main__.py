@@ -140,14 +140,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _costs(arguments: argparse.Namespace) -> None:
-    import torch
-
     from kdstudy.costs import step_costs
     from kdstudy.device import DataOnDevice, choose_device, data_path
     from kdstudy.files import write_text
     from kdstudy.image_set import read_image_set
     from kdstudy.params import load_params
-    from kdstudy.schemes import Batch
+    from kdstudy.schemes import sample_batch
     from kdstudy.study import Planner
 
     params = load_params()
@@ -156,9 +154,7 @@ def _costs(arguments: argparse.Namespace) -> None:
     images = read_image_set(data_path(setting.dataset))
     data = DataOnDevice(images, choose_device(arguments.device))
     bank = data.training(0, params.recipes[setting.recipe])
-    pixels = next(bank.plain(arguments.batch))
-    indices = torch.arange(len(pixels), device=pixels.device)
-    batch = Batch(pixels, bank.labels[: len(pixels)], indices, strong=pixels, census=bank.labels)
+    batch = sample_batch(bank, arguments.batch)
     table = step_costs(planner, arguments.setting, batch, images.classes, repeats=arguments.repeats, tell=print)
     path = arguments.out / f"{arguments.setting}.csv"
     write_text(path, table.round(4).to_csv(index=False, lineterminator="\n"))

@@ -1,5 +1,6 @@
 """The few types that everything else speaks in: `View`, `Phase`, `Clock`, `Method`; KL divergences and checks."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class View(NamedTuple):
     indices: Tensor | None = None  # (B,) int64, which training images these are
     census: Tensor | None = None  # (N,) int64, the labels of all training images; only when adapters are sized
     network: nn.Module | None = None  # the network itself, to run parts of a `blocks.StagedNet`; a teacher's is frozen
+    place: int | None = None  # of peers that teach as one: which of `members` the student itself is
 
     def only(self, taps: Iterable[str]) -> "View":
         """The same view without the taps that are not named (the logits always stay), so that their memory is freed."""
@@ -50,7 +52,7 @@ class View(NamedTuple):
 
 
 def _map(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if part is None or isinstance(part, nn.Module):
+    if part is None or isinstance(part, (nn.Module, int)):
         return part
     if isinstance(part, View):
         return part.map(function)
@@ -134,6 +136,7 @@ class Method(ABC):
     scheme: ClassVar[str] = "offline"  # under which it is trained, if it needs a teacher
     least_batch: ClassVar[int] = 1  # fewer images in a batch leave the loss undefined
     deploys: ClassVar[tuple[str, ...]] = ()  # adapters that the trained student keeps
+    counts_itself: ClassVar[bool] = False  # whether peers that teach as one include the student itself
 
     ce_weight: float = 1.0
     kd_weight: float = 1.0
@@ -172,6 +175,22 @@ class Method(ABC):
         self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]
     ) -> None:
         """Change the student's first weights, before `calibrate` and training; `plain_batches` are training images."""
+
+    def unite(self, members: tuple[View, ...], labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
+        """The logits (B, C) of several networks that teach as one: by default the log of their mean probabilities."""
+        answers = torch.stack([member.logits for member in members]).log_softmax(dim=2)
+        return answers.logsumexp(dim=0) - math.log(len(members))
+
+    def needs_held_out(self) -> bool:
+        """Whether held-out images must be kept back from training, for `weigh`."""
+        return False
+
+    def weigh(self, adapters: nn.ModuleDict, members: tuple[View, ...], labels: Tensor) -> None:  # noqa: B027 - optional
+        """At the start of every epoch: set buffers of `adapters` from the networks' answers for the held-out images."""
+
+    def further(self, student: nn.Module, adapters: nn.ModuleDict) -> dict[str, nn.Module]:
+        """Networks that are scored beside the deployed one when training has ended, by name."""
+        return {}
 
     def predict(self, student: View, adapters: nn.ModuleDict) -> Tensor:
         """The logits (B, C) of the deployed student, from its view and the adapters that it keeps."""

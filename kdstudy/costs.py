@@ -6,6 +6,7 @@ setting's data set is given.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import pandas as pd
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kdstudy.core import Phase
-from kdstudy.models import Ensemble, build_model
+from kdstudy.models import build_model
 from kdstudy.schemes import Batch, Scheme
-from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec, build_method, scheme_of
+from kdstudy.study import METHODS, Planner, RunSpec
 from kdstudy.train import HALF
 
 REFERENCE_SETTING = "cifar100_wrn_16_2"  # the pair for which extra parameters are counted
@@ -25,14 +26,8 @@ COLUMNS = ("stage", "method", "phase", "finite", "time", "memory", "seconds", "m
 
 def untrained_scheme(spec: RunSpec, batch: Batch, classes: int) -> Scheme:
     """The scheme of a run for images like those of `batch`, all networks with first weights of the run's seed."""
-    torch.manual_seed(spec.seed)
-    method = build_method(spec.method, **dict(spec.hyperparameters))
     teachers = [_network(teacher.network, batch.images, classes) for teacher in spec.teachers]
-    student = _network(spec.network, batch.images, classes)
-    if not method.needs_teacher:
-        teachers = []
-    teacher = [Ensemble(teachers)] if len(teachers) > 1 else teachers
-    return SCHEMES[scheme_of(type(method))](student, *teacher, method, batch)
+    return spec.assemble(partial(_network, images=batch.images, classes=classes), teachers, batch)
 
 
 def _network(name: str, images: Tensor, classes: int) -> nn.Module:

@@ -60,6 +60,32 @@ class ImageBank:
         return ((crops.to(self._shift.dtype) - self._shift) * self._scale).permute(0, 3, 1, 2)
 
 
+class BlankBank:
+    """Stands where training images must not be seen: as many of them, each blank, with labels that say nothing."""
+
+    def __init__(self, count: int, shape: tuple[int, int, int], *, padding: int, device, dtype: torch.dtype):
+        """`shape` is (channels, H, W)."""
+        self.padding = padding
+        self.labels = torch.zeros(count, dtype=torch.int64, device=device)
+        self._blank = torch.zeros(1, *shape, device=device, dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def plain(self, batch: int) -> Iterator[Tensor]:
+        """Zeros, as `ImageBank.plain` would give them."""
+        for start in range(0, len(self), batch):
+            yield self._blank.expand(min(batch, len(self) - start), -1, -1, -1)
+
+    def augmented(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
+        """Zeros (B, C, H, W) for B images."""
+        return self._blank.expand(len(index), -1, -1, -1)
+
+    def strong(self, index: Tensor, draw: StrongDraw) -> Tensor:
+        """Zeros (B, C, H, W) for B images."""
+        return self._blank.expand(len(index), -1, -1, -1)
+
+
 def _windows(padded: Tensor, size: tuple[int, int], padding: int) -> Tensor:
     """All crops of (N, H + 2p, W + 2p, C) as a strided view (N, 2p + 1, 2p + 1, H, W, C)."""
     n, row, column, channel = padded.stride()

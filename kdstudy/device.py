@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdstudy.data import ImageBank
+from kdstudy.data import BlankBank, ImageBank
 from kdstudy.image_set import ImageSet, channel_statistics, holdout_split, stratified_subset
 from kdstudy.models import build_model
 from kdstudy.recipe import Recipe
@@ -66,6 +66,13 @@ class DataOnDevice:
                 )
             index = index[stratified_subset(self.images.y_train[index], count)]
         return self._bank(self.images.x_train[index], self.images.y_train[index], recipe, recipe.crop_padding)
+
+    def blank(self, held_out: int, recipe: Recipe, share: float = 1.0) -> BlankBank:
+        """As many blank images as `training` has, for runs that must do without those."""
+        images = self.images
+        shape = (images.channels, *images.image_size)
+        count = round(share * (len(images.y_train) - held_out))
+        return BlankBank(count, shape, padding=recipe.crop_padding, device=self.device, dtype=FULL[recipe.precision])
 
     def watched(self, held_out: int, recipe: Recipe) -> dict[str, ImageBank]:
         """The sets whose accuracy is noted every epoch: the test images, and the held-out ones if there are any."""

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from kdstudy.checkpoint import load_weights, save_weights
-from kdstudy.data import ImageBank
+from kdstudy.data import BlankBank, ImageBank
 from kdstudy.device import DataOnDevice, choose_device, data_path
 from kdstudy.evaluate import logits_of, score
 from kdstudy.image_set import read_card, read_image_set
 from kdstudy.models import Ensemble, count_parameters
 from kdstudy.params import PARAMS_FILE, load_params, look_up
 from kdstudy.results import Ledger
-from kdstudy.schemes import Batch, Scheme
+from kdstudy.schemes import Scheme, sample_batch
 from kdstudy.store import Record, Store
-from kdstudy.study import SCHEMES, Planner, RunSpec, check_methods, scheme_of
+from kdstudy.study import SCHEMES, Planner, RunSpec, check_methods
 from kdstudy.train import Diverged, Stopped, Surroundings, Training
 from kdstudy.workers import cores, side_by_side
 
@@ -117,8 +117,7 @@ class Executor:
         final = [spec for row in rows for spec in self.ledger.final(self.setting, stage, row)]
         final = [spec for spec in final if seeds is None or spec.seed in seeds]
         self.complete(final)
-        teaching = {spec.teacher.id: spec.teacher for spec in cells + final if spec.teacher.purpose == "teaching"}
-        return [*teaching.values(), *cells, *final]
+        return [*_teaching(cells + final).values(), *cells, *final]
 
     def complete(self, specs: Iterable[RunSpec]) -> None:
         """Train those of the runs that have no record, in order, and first the teachers whose weights they need.
@@ -182,46 +181,37 @@ class Executor:
 
     def _make(self, spec: RunSpec, surroundings: Surroundings) -> Record:
         started = _now()
-        scheme = self._scheme(spec)
+        bank = self._bank(spec)
+        scheme = self._scheme(spec, bank)
         watch = self._data.watched(spec.held_out, spec.recipe)
-        training = Training(
-            scheme,
-            spec.recipe,
-            self._data.training(spec.held_out, spec.recipe, spec.images),
-            seed=spec.seed,
-            watch=watch,
-            surroundings=surroundings,
-        )
+        training = Training(scheme, spec.recipe, bank, seed=spec.seed, watch=watch, surroundings=surroundings)
         record = _describe(spec, scheme, self.device, started)
         try:
             history = training.run()
             scores = self._scores(scheme.deployed, watch, spec)
+            further = {name: self._test_accuracy(network, watch) for name, network in scheme.further().items()}
             if not all(map(math.isfinite, scores.values())):  # the very last step can do that
                 raise Diverged("the trained network's scores are not finite", history)
         except Diverged as diverged:
-            record |= {"status": "diverged", "scores": {}, "history": _without_nan(diverged.history)}
+            record |= {"status": "diverged", "scores": {}, "further": {}, "history": _without_nan(diverged.history)}
         else:
-            record |= {"status": "finished", "scores": scores, "history": history}
+            record |= {"status": "finished", "scores": scores, "further": further, "history": history}
             save_weights(scheme.deployed, self.store.weights(spec.id))
+        record["network_epochs"] = _network_epochs(scheme, record["history"])
         record |= {"seconds": round(training.seconds, 1), "finished": _now()}
         self.store.write_record(record)
         return record
 
-    def _scheme(self, spec: RunSpec) -> Scheme:
-        method = spec.build_method()
-        teachers = [self._teacher(teacher) for teacher in spec.teachers] if method.needs_teacher else []
-        torch.manual_seed(spec.seed)  # before the student is built: its first weights are the seed's
-        student = self._data.build(spec.network, spec.recipe)
-        teacher = [Ensemble(teachers)] if len(teachers) > 1 else teachers
-        return SCHEMES[scheme_of(type(method))](student, *teacher, method, self._sample(spec))
+    def _bank(self, spec: RunSpec) -> ImageBank | BlankBank:
+        """What a run is trained on."""
+        data_free = SCHEMES[spec.scheme_name].data_free
+        return (self._data.blank if data_free else self._data.training)(spec.held_out, spec.recipe, spec.images)
 
-    def _sample(self, spec: RunSpec) -> Batch:
-        """A batch of plain training images, for a method to size its adapters by."""
-        bank = self._data.training(spec.held_out, spec.recipe, spec.images)
-        size = min(spec.recipe.batch, len(bank))
-        images = next(bank.plain(size))
-        indices = torch.arange(size, device=self.device)
-        return Batch(images, bank.labels[:size], indices, strong=images, census=bank.labels)
+    def _scheme(self, spec: RunSpec, bank: ImageBank | BlankBank) -> Scheme:
+        wanted = spec.teachers if SCHEMES[spec.scheme_name].needs_teacher else ()
+        teachers = [self._teacher(teacher) for teacher in wanted]
+        build = partial(self._data.build, recipe=spec.recipe)
+        return spec.assemble(build, teachers, sample_batch(bank, spec.recipe.batch))
 
     def _teacher(self, spec: RunSpec) -> nn.Module:
         """The trained teacher. Where its weights are absent it is trained, even if its record is known."""
@@ -241,12 +231,26 @@ class Executor:
             scores["val_accuracy"] = self._accuracy(logits_of(network, watch["held_out"]), watch["held_out"])
         return {name: round(value, 6) for name, value in scores.items()}
 
+    def _test_accuracy(self, network: nn.Module, watch: Mapping[str, ImageBank]) -> float:
+        return round(self._accuracy(logits_of(network, watch["test"]), watch["test"]), 6)
+
     @cache  # noqa: B019 - an executor lives as long as its stage
     def _teacher_logits(self, spec: RunSpec) -> Tensor:
         return logits_of(self._teacher(spec), self._data.watched(0, spec.recipe)["test"])
 
     def _accuracy(self, logits: Tensor, bank: ImageBank) -> float:
         return score(logits, bank.labels).accuracy
+
+
+def _teaching(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
+    """The runs that only teach, above these, by id."""
+    found: dict[str, RunSpec] = {}
+    for spec in specs:
+        for teacher in spec.teachers:
+            found |= _teaching([teacher])
+            if teacher.purpose == "teaching":
+                found[teacher.id] = teacher
+    return found
 
 
 _executors: dict[tuple[str, str], Executor] = {}  # of a worker process: the data is read once
@@ -281,13 +285,32 @@ def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: str)
         "images": spec.images,
         "teacher_run": spec.teacher.id if spec.teacher else None,
         "co_teacher_runs": [teacher.id for teacher in spec.co_teachers],
+        "scheme": spec.scheme_name,
+        "scheme_options": asdict(spec.build_options()),
+        "partners": list(spec.partners),
+        "deployed": scheme.role,
         "student_parameters": count_parameters(scheme.deployed),
+        "trained_parameters": _trained_parameters(scheme),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
         "started": started,
     }
+
+
+def _trained_parameters(scheme: Scheme) -> dict[str, int]:
+    """How many numbers of each network, and of the adapters, training changes."""
+    names = [name for phase in scheme.phases() for name in phase.trains]
+    networks = [*scheme.trained_networks(names), "adapters"]
+    counts = {name: sum(map(torch.numel, scheme.trained_parameters([name]))) for name in networks}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _network_epochs(scheme: Scheme, history: Sequence[Mapping]) -> int:
+    """How many epochs of one network a run took, forward and back, over all phases and networks that it trained."""
+    passes = {phase.name: scheme.passes(phase) for phase in scheme.phases()}
+    return sum(passes[epoch["phase"]] for epoch in history)
 
 
 def _now() -> str:

@@ -73,11 +73,26 @@ class Setting:
 
 @dataclass(frozen=True)
 class TaughtBy:
-    """The run that teaches a row's students, where that is not the setting's teacher; the teacher teaches it."""
+    """A run that teaches a row's students in the place of the setting's teacher.
 
-    method: str
+    Either a `row`: its run of the same seed, with the hyperparameters of params.yaml. Or a run in between: a `method`
+    with its `hyperparameters` and a `network`, trained for `length` times the recipe's epochs; the teacher teaches it,
+    unless its method needs none.
+    """
+
+    row: str | None = None
+    method: str | None = None
     network: str = "{teacher}"
+    length: float = 1.0
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse neither or both, and a length that is none."""
+        if (self.row is None) == (self.method is None):
+            raise ValueError("a run that teaches is said by a row or by a method, by one of them")
+        if self.row is not None and (self.network != "{teacher}" or self.length != 1 or self.hyperparameters):
+            raise ValueError("a row that teaches is taken as it is: nothing else can be said of it")
+        _require_length(self.length)
 
 
 @dataclass(frozen=True)
@@ -85,14 +100,20 @@ class Row:
     """What is trained under one name. All but these fields are `hyperparameters` of the method.
 
     `method` is by default the row's own name; `teachers` of the setting, of different seeds, teach together; `images`
-    is the share of the training images that is used, a fixed stratified subset.
+    is the share of the training images that is used, a fixed stratified subset; `length` multiplies the recipe's
+    epochs. `scheme` says who teaches whom, by default what the method says, with `scheme_options`, and `partners` are
+    networks that are trained beside the student.
     """
 
     method: str
     network: str = "{student}"
-    taught_by: TaughtBy | None = None
+    taught_by: tuple[TaughtBy, ...] = ()
     teachers: int = 1
     images: float = 1.0
+    length: float = 1.0
+    scheme: str | None = None
+    scheme_options: Mapping[str, Any] = field(default_factory=dict)
+    partners: tuple[str, ...] = ()
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,26 +124,47 @@ class Row:
             raise ValueError(f"teachers must be at least 1, not {self.teachers!r}")
         if self.teachers > 1 and self.taught_by:
             raise ValueError("teachers above 1 and taught_by exclude each other")
+        _require_length(self.length)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The patterns of all networks that the row asks for."""
+        return (self.network, *self.partners, *(teacher.network for teacher in self.taught_by))
+
+
+def _require_length(length: float) -> None:
+    if not 0 < length < float("inf"):
+        raise ValueError(f"length must be a finite number above 0, not {length!r}")
 
 
 def parse_row(name: str, values: Mapping[str, Any], where: str) -> Row:
     """The row of this name from its mapping in params.yaml. Raises ValueError naming the place of what is wrong."""
     own = {"method": name} | {key: values[key] for key in values if key in _ROW_KEYS}
     if "taught_by" in own:
-        own["taught_by"] = _taught_by(own["taught_by"], f"{where}.taught_by")
+        entries = own["taught_by"] if isinstance(own["taught_by"], list) else [own["taught_by"]]
+        own["taught_by"] = [_taught_by(entry, f"{where}.taught_by") for entry in entries]
+    if "scheme" in own:
+        own |= _scheme(own["scheme"], f"{where}.scheme")
     rest = {key: value for key, value in values.items() if key not in _ROW_KEYS}
     return build(Row, own | {"hyperparameters": rest}, where)
 
 
 def _taught_by(values: Any, where: str) -> TaughtBy:
-    if not isinstance(values, dict) or "method" not in values:
-        raise ValueError(f"{where} must be a mapping with a method, not {values!r}")
-    own = {key: values[key] for key in values if key in ("method", "network")}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping with a row or a method, not {values!r}")
+    own = {key: values[key] for key in values if key in ("row", "method", "network", "length")}
     rest = {key: value for key, value in values.items() if key not in own}
     return build(TaughtBy, own | {"hyperparameters": rest}, where)
 
 
-_ROW_KEYS = ("method", "network", "taught_by", "teachers", "images")
+def _scheme(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping of its name and options, not {values!r}")
+    options = {key: value for key, value in values.items() if key != "name"}
+    return {"scheme": values.get("name"), "scheme_options": options}
+
+
+_ROW_KEYS = ("method", "network", "taught_by", "teachers", "images", "length", "scheme", "partners")
 
 
 @dataclass(frozen=True)
@@ -262,6 +304,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
+    if isinstance(value, TaughtBy):
+        return value  # built and checked already
     hint = next(option for option in options if option is not type(None))
     origin = typing.get_origin(hint) or hint
     if origin is tuple and isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kdstudy.store import Record, Store
-from kdstudy.study import METHODS, Planner, RunSpec, scheme_of
+from kdstudy.study import Planner, RunSpec
 
 RESULT_COLUMNS = (
     *("run", "profile", "dataset", "teacher", "student", "stage", "scheme", "method", "hyperparameters", "seed"),
@@ -99,7 +99,7 @@ def result_row(spec: RunSpec, record: Record) -> dict[str, Any]:
         "teacher": spec.teacher.network if spec.teacher else None,
         "student": spec.network,
         "stage": spec.stage,
-        "scheme": scheme_of(METHODS[spec.method]),
+        "scheme": spec.scheme_name,
         "method": spec.row,
         "hyperparameters": _json(spec),
         "seed": spec.seed,

@@ -17,16 +17,6 @@ def pooled_map(view: View) -> Tensor:
     return F.relu(view.pre_maps[-1])
 
 
-class TraceFreeNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics move only where a gradient is taken: counting right answers leaves no trace."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As usual, but without a gradient the batch's statistics are used and not kept."""
-        if self.training and not torch.is_grad_enabled():
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return super().forward(x)
-
-
 class Projector(nn.Module):
     """Convolutions 1x1, 3x3, 1x1 without bias, each with batch norm and ReLU, in a bottleneck."""
 
@@ -36,9 +26,9 @@ class Projector(nn.Module):
         width = outputs // reduction
         self.sides = sides
         self.layers = nn.Sequential(
-            *(nn.Conv2d(inputs, width, 1, bias=False), TraceFreeNorm(width), nn.ReLU()),
-            *(nn.Conv2d(width, width, 3, padding=1, bias=False), TraceFreeNorm(width), nn.ReLU()),
-            *(nn.Conv2d(width, outputs, 1, bias=False), TraceFreeNorm(outputs), nn.ReLU()),
+            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()),
         )
 
     def forward(self, stage_map: Tensor) -> Tensor:

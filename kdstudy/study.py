@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
+
+import torch
+from torch import nn
 
 from kdstudy import (
     attention,
@@ -28,9 +31,10 @@ from kdstudy import (
     train,
 )
 from kdstudy.core import Method
-from kdstudy.params import Grid, Params, Row, Setting, build, look_up
+from kdstudy.params import Grid, Params, Row, Setting, TaughtBy, build, look_up
+from kdstudy.peers import Peers
 from kdstudy.recipe import Recipe
-from kdstudy.schemes import Alone, Collaborative, Offline, Scheme
+from kdstudy.schemes import Alone, Batch, Cast, Collaborative, Committee, Offline, Scheme, SelfTaught
 
 METHODS: dict[str, type[Method]] = {
     # response: what the teacher answers
@@ -85,8 +89,15 @@ METHODS: dict[str, type[Method]] = {
     "few_sample": few_samples.FewSample,
 }
 
-# each built from student, teacher (not for "none"), method, sample batch
-SCHEMES: dict[str, type[Scheme]] = {"none": Alone, "offline": Offline, "collaborative": Collaborative}
+# who teaches whom
+SCHEMES: dict[str, type[Scheme]] = {
+    "none": Alone,
+    "offline": Offline,
+    "collaborative": Collaborative,
+    "peers": Peers,
+    "self": SelfTaught,
+    "committee": Committee,
+}
 
 BASELINE = "ce"  # what teachers and baseline students are trained with
 PURPOSES = ("tuning", "final", "teaching")  # the last: runs that only teach others of their stage
@@ -99,8 +110,8 @@ def build_method(key: str, **hyperparameters: Any) -> Method:
 
 
 def scheme_of(method: type[Method]) -> str:
-    """The scheme under which a method is trained, a key of `SCHEMES`: "none" without a teacher."""
-    return method.scheme if method.needs_teacher else "none"
+    """The scheme under which a method is trained by default, a key of `SCHEMES`: "none" without anyone who teaches."""
+    return method.scheme if method.needs_teacher or method.scheme != "offline" else "none"
 
 
 def describe_method(key: str) -> dict[str, Any]:
@@ -121,9 +132,10 @@ class RunSpec:
     """Everything that a run's result depends on, and the names under which the study files it.
 
     `held_out` images are kept back from training (0: none), and a share of the rest, `images`, is trained on. `teacher`
-    is the teacher's own run: it teaches, or, for methods without one, is only compared with; `co_teachers` teach with
-    it. The id leaves out the names, and every field that has its default value,
-    so that adding an option to a method makes no finished run a new one.
+    is the teacher's own run: it teaches, or, under schemes without one, is only compared with; `co_teachers` teach with
+    it. `scheme` is the method's own unless it is named, and `partners` are networks that are trained beside the
+    student. The id leaves out the names, and every field that has its default value, so that adding an option to a
+    method or scheme makes no finished run a new one.
     """
 
     profile: str
@@ -142,6 +154,14 @@ class RunSpec:
     teacher: "RunSpec | None" = None
     co_teachers: "tuple[RunSpec, ...]" = ()
     images: float = 1.0
+    scheme: str | None = None
+    scheme_options: tuple[tuple[str, Any], ...] = ()
+    partners: tuple[str, ...] = ()
+
+    @property
+    def scheme_name(self) -> str:
+        """The scheme under which it is trained, a key of `SCHEMES`."""
+        return self.scheme or scheme_of(METHODS[self.method])
 
     @cached_property
     def id(self) -> str:
@@ -161,6 +181,12 @@ class RunSpec:
             identity["co_teachers"] = [teacher.id for teacher in self.co_teachers]
         if self.images != 1:
             identity["images"] = self.images
+        if self.scheme_name != scheme_of(METHODS[self.method]):
+            identity["scheme"] = self.scheme_name
+        if changed := _changed(self.build_options()):
+            identity["scheme_options"] = changed
+        if self.partners:
+            identity["partners"] = list(self.partners)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -181,6 +207,17 @@ class RunSpec:
     def build_method(self) -> Method:
         """The method with its hyperparameters."""
         return build_method(self.method, **dict(self.hyperparameters))
+
+    def build_options(self) -> Any:
+        """The scheme's options. Raises ValueError for an unknown scheme, option or value."""
+        cls = look_up("scheme", self.scheme_name, SCHEMES)
+        return build(cls.options, dict(self.scheme_options), self.scheme_name)
+
+    def assemble(self, build: Callable[[str], nn.Module], teachers: Sequence[nn.Module], sample: Batch) -> Scheme:
+        """The scheme with new networks, whose first weights are the seed's, and these trained `teachers`."""
+        torch.manual_seed(self.seed)
+        cast = Cast(build, self.network, self.partners, teachers)
+        return SCHEMES[self.scheme_name].assemble(cast, self.build_method(), sample, self.build_options())
 
     def __str__(self) -> str:
         return f"{self.setting} {self.row} seed {self.seed}" + (" (tuning)" if self.purpose == "tuning" else "")
@@ -214,14 +251,25 @@ class Planner:
 
     def rows(self, setting: str, stage: str) -> list[str]:
         """The rows of a stage that this setting trains, in the order of params.yaml."""
-        this = self.setting(setting)
         known = look_up("stage", stage, self.params.methods)
-        wanted = [row for row in known if row not in this.without and (this.methods is None or row in this.methods)]
-        return [row for row in wanted if self._has_networks(this, known[row])]
+        return [name for name, row in known.items() if self._wants(self.setting(setting), name, row)]
 
-    def _has_networks(self, setting: Setting, row: Row) -> bool:
-        patterns = [row.network, *([row.taught_by.network] if row.taught_by else [])]
-        return all(setting.network(pattern) is not None for pattern in patterns)
+    def _can_make(self, setting: Setting, row: Row) -> bool:
+        """Whether the setting has the networks, and the rows that teach, which a row asks for."""
+        if any(setting.network(pattern) is None for pattern in row.networks):
+            return False
+        others = [teacher.row for teacher in row.taught_by if teacher.row]
+        return all(self._wants(setting, other, self._find_row(other)[1]) for other in others)
+
+    def _wants(self, setting: Setting, name: str, row: Row) -> bool:
+        chosen = name not in setting.without and (setting.methods is None or name in setting.methods)
+        return chosen and self._can_make(setting, row)
+
+    def _find_row(self, name: str) -> tuple[str, Row]:
+        """A row and its stage. Raises ValueError if it is unknown."""
+        stages = {row: stage for stage, rows in self.params.methods.items() for row in rows}
+        stage = look_up("row", name, stages)
+        return stage, self.params.methods[stage][name]
 
     def tuning(self, setting: str, stage: str, row: str) -> list[RunSpec]:
         """One run per cell of the row's grid, on all but the held-out images; empty without a grid."""
@@ -246,14 +294,23 @@ class Planner:
     def _taught_by(self, setting, stage, name, row, seed, purpose) -> list[RunSpec]:
         """The runs that teach a row's student of this seed."""
         teacher = self.teacher(setting, seed, purpose)
-        if row.taught_by is None:
+        if not row.taught_by:
             others = self._other_seeds(setting, seed, row)
             return [teacher, *(self.teacher(setting, other, purpose) for other in others)]
-        own = row.taught_by
-        between = Row(own.method, network=own.network, images=row.images, hyperparameters=own.hyperparameters)
+        return [self._between(setting, stage, name, row, own, teacher) for own in row.taught_by]
+
+    def _between(self, setting, stage, name, row, own: TaughtBy, teacher: RunSpec) -> RunSpec:
+        """One of the runs that teach in the teacher's place, of the teacher's seed and purpose."""
+        if own.row:
+            stage = self._find_row(own.row)[0]
+            spec = self._student(setting, stage, own.row, {}, teacher.seed, teacher.purpose)
+            return spec if spec.purpose == "final" else replace(spec, purpose="teaching")
+        between = Row(
+            own.method, network=own.network, images=row.images, length=own.length, hyperparameters=own.hyperparameters
+        )
         above = teacher if METHODS[own.method].needs_teacher else None
-        spec = self._spec(setting, stage, purpose, f"{name}: teacher", between, seed, teacher=above)
-        return [replace(spec, purpose="teaching")]
+        spec = self._spec(setting, stage, teacher.purpose, f"{name}: teacher", between, teacher.seed, teacher=above)
+        return replace(spec, purpose="teaching")
 
     def _other_seeds(self, setting: str, seed: int, row: Row) -> list[int]:
         """The seeds of a row's further teachers: those that follow in the setting's list, in a ring, then new ones."""
@@ -264,7 +321,7 @@ class Planner:
 
     def _spec(self, name, stage, purpose, title, row, seed, *, teacher=None, co_teachers=(), recipe=None) -> RunSpec:
         setting = self.setting(name)
-        recipe = self.params.recipes[recipe or setting.recipe]
+        recipe = self.params.recipes[recipe or setting.recipe].lasting(row.length)
         return RunSpec(
             profile=setting.profile,
             setting=name,
@@ -273,7 +330,7 @@ class Planner:
             row=title,
             dataset=setting.dataset,
             data_checksum=self.checksums[setting.dataset],
-            held_out=self._held_out(setting, recipe, purpose),
+            held_out=self._held_out(setting, recipe, purpose, row),
             network=setting.network(row.network),
             method=row.method,
             hyperparameters=tuple(sorted(row.hyperparameters.items())),
@@ -282,11 +339,15 @@ class Planner:
             teacher=teacher,
             co_teachers=co_teachers,
             images=row.images,
+            scheme=row.scheme,
+            scheme_options=tuple(sorted(row.scheme_options.items())),
+            partners=tuple(setting.network(partner) for partner in row.partners),
         )
 
-    def _held_out(self, setting: Setting, recipe: Recipe, purpose: str) -> int:
+    def _held_out(self, setting: Setting, recipe: Recipe, purpose: str, row: Row) -> int:
         # a plateau is found on held-out images, never on the test set, so those runs do without them to the end
         needed = purpose == "tuning" or recipe.schedule == "plateau"
+        needed = needed or build_method(row.method, **row.hyperparameters).needs_held_out()
         return self.params.datasets[setting.dataset].validation if needed else 0
 
     def setting(self, name: str) -> Setting:
@@ -310,7 +371,29 @@ def check_methods(params: Params) -> None:
             try:
                 for cell in [{}, *cells]:
                     build_method(row.method, **{**row.hyperparameters, **cell})
-                if row.taught_by:
-                    build_method(row.taught_by.method, **row.taught_by.hyperparameters)
+                for teacher in row.taught_by:
+                    _check_teacher(params, name, teacher)
+                if row.scheme:
+                    look_up("scheme", row.scheme, SCHEMES)
+                build(SCHEMES[row.scheme or scheme_of(METHODS[row.method])].options, row.scheme_options, "scheme")
             except ValueError as error:
                 raise ValueError(f"methods.{stage}.{name}: {error}") from error
+
+
+def _check_teacher(params: Params, name: str, teacher: TaughtBy) -> None:
+    """Raise ValueError for a method or row that cannot teach the row of this name."""
+    if teacher.method:
+        build_method(teacher.method, **teacher.hyperparameters)
+        return
+    rows = {row: values for stage in params.methods.values() for row, values in stage.items()}
+    grids = [grid for grid, values in params.grids.items() if teacher.row in values.rows]
+    if look_up("row", teacher.row, rows) and grids:
+        raise ValueError(f"row {teacher.row} cannot teach: which of its runs is meant depends on grid {grids[0]}")
+    above, known = [teacher.row], set()
+    while above:
+        found = above.pop()
+        if found == name:
+            raise ValueError(f"row {name} teaches itself, by way of {teacher.row}")
+        if found not in known:
+            known.add(found)
+            above += [other.row for other in look_up("row", found, rows).taught_by if other.row]

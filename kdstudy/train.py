@@ -6,7 +6,7 @@ Nothing inside an epoch waits for the device: losses and counts are summed there
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from kdstudy.schemes import Batch, Scheme, Turn
 # Raised by hand when a change may alter the outcome of a run: it is part of every run's id. A test compares tiny seeded
 # runs of every method with outcomes on file and fails if they move while this does not.
 REVISION = 1
+
+PEER_STREAMS = 1000  # between the random streams of one peer's phases and the next peer's
 
 HALF = {"bf16": torch.bfloat16, "fp32": None, "fp64": None}
 FULL = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
@@ -109,8 +111,11 @@ class Training:
         self._sums = Sums()
         self._plateau = Plateau()
         self._optimisers: dict[str, torch.optim.Optimizer] = {}
+        self._trained: dict[str, list[nn.Parameter]] = {}
+        self._recipes: dict[str, Recipe] = {}
         for phase in self.phases:
-            self._check(self._recipe_of(phase))
+            for turn in self.scheme.turns(phase):
+                self._check(self._recipe_of(phase, turn))
 
     def _check(self, recipe: Recipe) -> None:
         if recipe.batch > len(self.bank):
@@ -146,6 +151,7 @@ class Training:
     def _run_phase(self, index: int) -> None:
         phase = self.phases[index]
         recipe = self._recipe_of(phase)
+        self._bank = self.scheme.bank(phase, self.bank)
         draws = self._draws(index, recipe)
         if not self._optimisers:  # they exist when training resumes inside the phase
             self._begin_phase(phase, recipe)
@@ -156,76 +162,90 @@ class Training:
         self.position = Position(phase=index + 1)
         self._optimisers = {}
 
-    def _recipe_of(self, phase: Phase) -> Recipe:
-        return self.recipe.for_phase(phase)
+    def _recipe_of(self, phase: Phase, turn: Turn | None = None) -> Recipe:
+        recipe = self.recipe.for_phase(phase)
+        return replace(recipe, **turn.recipe) if turn else recipe
 
-    def _draws(self, index: int, recipe: Recipe) -> Draws:
+    def _draws(self, index: int, recipe: Recipe) -> list[Draws]:
+        """What each of the scheme's batches is drawn by."""
         # the last phase always has stream 0: methods with and without preparatory phases stay paired in it
-        stream = (index + 1) % len(self.phases)
-        return Draws.make(
-            seed=self.seed,
-            stream=stream,
-            epochs=recipe.epochs,
-            images=len(self.bank),
-            padding=recipe.crop_padding,
-            flip=recipe.flip,
-            device=self.device,
-            strong=self.scheme.wants_strong,
-        )
+        first = (index + 1) % len(self.phases)
+        return [
+            Draws.make(
+                seed=self.seed,
+                stream=first + number * PEER_STREAMS,
+                epochs=recipe.epochs,
+                images=len(self._bank),
+                padding=recipe.crop_padding,
+                flip=recipe.flip,
+                device=self.device,
+                strong=self.scheme.wants_strong,
+            )
+            for number in range(self.scheme.batches)
+        ]
 
     def _begin_phase(self, phase: Phase, recipe: Recipe) -> None:
         self._plateau = Plateau(learning_rate=recipe.learning_rate)
-        self._optimisers = {turn.name: self._optimiser(turn, recipe) for turn in self.scheme.turns(phase)}
+        turns = self.scheme.turns(phase)
+        self._recipes = {turn.name: self._recipe_of(phase, turn) for turn in turns}
+        self._trained = {turn.name: self.scheme.trained_parameters(turn.trains) for turn in turns}
+        self._optimisers = {name: _optimiser(self._trained[name], recipe) for name, recipe in self._recipes.items()}
 
-    def _optimiser(self, turn: Turn, recipe: Recipe) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            _parameter_groups(self.scheme.trained_parameters(turn.trains)),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-            fused=True,
-        )
-
-    def _run_epoch(self, phase: Phase, recipe: Recipe, draws: Draws) -> None:
+    def _run_epoch(self, phase: Phase, recipe: Recipe, draws: Sequence[Draws]) -> None:
         self.scheme.set_modes(phase)
         self.scheme.set_clocks(self.position.epoch, recipe.epochs)
-        self._set_learning_rate(recipe)
         if self.position.step == 0:
             self._sums = Sums()
-        steps = math.ceil(len(self.bank) / recipe.batch)
+            self.scheme.begin_epoch(self.position.epoch, recipe.epochs, self.watch.get("held_out"))
+        steps = math.ceil(len(self._bank) / recipe.batch)
         for step in range(self.position.step, steps):
-            self._step(phase, recipe, draws, step)
+            self._set_learning_rates(step / steps)
+            self.scheme.begin_step(self.position.epoch * steps + step)
+            self._step(phase, recipe, self._batch(draws, recipe, step))
             self.position.step = step + 1
             self._between_steps(phase, recipe, steps)
 
-    def _step(self, phase: Phase, recipe: Recipe, draws: Draws, step: int) -> None:
-        start = step * recipe.batch
-        stop = min(start + recipe.batch, len(self.bank))
-        index, shift, flip = draws.batch(self.position.epoch, start, stop)
-        strong = self.bank.strong(index, draws.strong_batch(self.position.epoch, start, stop)) if draws.strong else None
-        batch = Batch(self.bank.augmented(index, shift, flip), self.bank.labels[index], index, strong)
+    def _batch(self, draws: Sequence[Draws], recipe: Recipe, step: int) -> Batch:
+        epoch, start = self.position.epoch, step * recipe.batch
+        stop = min(start + recipe.batch, len(self._bank))
+        batches = []
+        for own in draws:
+            # peers see the images of the first one's batch, unless the scheme wants others
+            index = (own if self.scheme.own_images else draws[0]).batch(epoch, start, stop)[0]
+            _, shift, flip = own.batch(epoch, start, stop)
+            strong = self._bank.strong(index, own.strong_batch(epoch, start, stop)) if own.strong else None
+            batches.append(Batch(self._bank.augmented(index, shift, flip), self._bank.labels[index], index, strong))
+        return batches[0]._replace(others=tuple(batches[1:]))
+
+    def _step(self, phase: Phase, recipe: Recipe, batch: Batch) -> None:
         noted = {}
         for turn in self.scheme.turns(phase):
-            losses = self.scheme.losses(phase, turn, batch, HALF[recipe.precision])
-            self.scheme.zero_grad(set_to_none=True)
-            sum(losses.terms.values()).backward()
-            self._optimisers[turn.name].step()
-            noted |= {name: term * len(index) for name, term in losses.terms.items()} | dict(losses.counts)
+            optimiser, parameters = self._optimisers[turn.name], self._trained[turn.name]
+            if turn.fresh:
+                optimiser.state.clear()
+            for _ in range(turn.times):
+                losses = self.scheme.losses(phase, turn, batch, HALF[recipe.precision])
+                optimiser.zero_grad(set_to_none=True)
+                sum(losses.terms.values()).backward(inputs=parameters)
+                if clip := self._recipes[turn.name].clip:
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                optimiser.step()
+            noted |= {name: term * len(batch.labels) for name, term in losses.terms.items()} | dict(losses.counts)
         self._sums.add(noted)
 
-    def _set_learning_rate(self, recipe: Recipe) -> None:
-        step_schedule = recipe.schedule == "step"
-        rate = recipe.learning_rate_at(self.position.epoch) if step_schedule else self._plateau.learning_rate
-        for optimiser in self._optimisers.values():
-            for group in optimiser.param_groups:
+    def _set_learning_rates(self, done: float) -> None:
+        """Give every optimiser its rate; `done` is the share of the epoch that is over."""
+        for name, recipe in self._recipes.items():
+            follows = recipe.schedule == "plateau"
+            rate = self._plateau.learning_rate if follows else recipe.learning_rate_at(self.position.epoch + done)
+            for group in self._optimisers[name].param_groups:
                 group["lr"] = rate
-        self._learning_rate = rate
 
     def _end_epoch(self, phase: Phase, recipe: Recipe) -> bool:
         """Note the epoch in the history and move on; True says that the schedule ends the phase."""
-        row = {"phase": phase.name, "epoch": self.position.epoch, "learning_rate": self._learning_rate}
-        means = self._sums.means(len(self.bank))
+        rate = next(iter(self._optimisers.values())).param_groups[0]["lr"]  # of the first turn's last step
+        row = {"phase": phase.name, "epoch": self.position.epoch, "learning_rate": rate}
+        means = self._sums.means(len(self._bank))
         row["train_accuracy"] = 100 * means.pop("correct")
         row |= means
         row |= {f"{name}_accuracy": self._accuracy(bank) for name, bank in self.watch.items()}
@@ -291,6 +311,20 @@ class Training:
         self.history = state["history"]
         self.seconds = state["seconds"]
         _set_random_state(state["random"], self.device)
+
+
+def _optimiser(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    groups = _parameter_groups(parameters)
+    if recipe.optimiser == "adam":
+        return torch.optim.Adam(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
 
 
 def _parameter_groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

@@ -56,7 +56,11 @@ def test_plateau_is_keras_rule_on_every_short_sequence(patience, stop_patience):
         *((name, math.nan) for name in ("learning_rate", "momentum")),
         ("learning_rate", "0.1"),
         ("precision", "fp16"),
-        ("schedule", "cosine"),
+        ("schedule", "linear"),
+        ("optimiser", "lamb"),
+        ("clip", -1.0),
+        ("cycles", 0),
+        ("cycles", 2),
         ("milestones", (160, 60)),
         ("milestones", (60, 60)),
     ],
@@ -111,3 +115,25 @@ def test_what_a_phase_overrides_is_absolute():
 def test_a_phase_without_length_or_learning_rate_is_refused(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be a finite number above 0, not {value!r}"):
         Phase("none", dict, **{name: value})
+
+
+def test_cosine_falls_from_the_rate_to_nothing_once_in_each_cycle():
+    recipe = Recipe(epochs=10, batch=4, learning_rate=0.2, schedule="cosine", cycles=4)
+    assert recipe.cycle_starts() == (0, 2, 5, 8)  # round half to even
+    steps = 3
+    rates = [recipe.learning_rate_at(epoch + step / steps) for epoch in range(10) for step in range(steps)]
+    literal = []
+    for epochs in (2, 3, 3, 2):
+        iterations = epochs * steps
+        literal += [0.1 * (1 + math.cos(math.pi * i / iterations)) for i in range(iterations)]
+    assert rates == pytest.approx(literal, rel=1e-12)
+
+
+def test_a_longer_recipe_has_its_milestones_further_apart():
+    recipe = Recipe(epochs=16, batch=4, learning_rate=0.1, milestones=(8, 13))
+    assert recipe.lasting(1.0) is recipe
+    longer, shorter = recipe.lasting(2.0), recipe.lasting(0.01)
+    assert (longer.epochs, longer.milestones) == (32, (16, 26))
+    assert (shorter.epochs, shorter.milestones) == (1, (1,))
+    with pytest.raises(ValueError, match="length must be"):
+        recipe.lasting(-1.0)

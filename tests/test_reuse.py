@@ -14,7 +14,7 @@ from kdstudy.checkpoint import load_weights, save_weights
 from kdstudy.core import View
 from kdstudy.evaluate import logits_of
 from kdstudy.models import Ensemble, build_model, count_parameters
-from kdstudy.reuse import Projector, ReusedClassifier, TraceFreeNorm
+from kdstudy.reuse import Projector, ReusedClassifier
 from kdstudy.schemes import Offline
 
 FAMILIES = ["wrn_10_0.5", "resnet8", "cnn_small"]
@@ -156,28 +156,13 @@ def test_the_deployed_network_is_filed_and_counted_as_a_whole(tmp_path):
 def test_counting_right_answers_leaves_no_trace_in_the_projector():
     scheme = scheme_for(ReusedClassifier())
     (phase,) = scheme.phases()
-    norm = next(layer for layer in scheme.adapters["projector"].layers if isinstance(layer, TraceFreeNorm))
+    norm = next(layer for layer in scheme.adapters["projector"].layers if isinstance(layer, nn.BatchNorm2d))
     scheme.set_modes(phase)
     images = batch()
     projected = scheme.adapters["projector"].layers[0](scheme.student(images.images).pre_maps[-1].relu())
     scheme.losses(phase, scheme.turns(phase)[0], images, None)
     assert norm.num_batches_tracked == 1
     torch.testing.assert_close(norm.running_mean, 0.1 * projected.mean(dim=(0, 2, 3)))
-
-
-@torch.no_grad()
-def test_a_norm_without_a_trace_answers_as_the_usual_one():
-    x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    norm, usual = TraceFreeNorm(3, eps=0.5), nn.BatchNorm2d(3, eps=0.5)
-    for each in (norm, usual):
-        nn.init.constant_(each.weight, 0.7)
-        nn.init.constant_(each.bias, 0.2)
-    torch.testing.assert_close(norm(x), usual(x))
-    assert (norm.running_mean == 0).all() and (norm.running_var == 1).all()
-    with torch.enable_grad():
-        norm(x)
-    assert torch.equal(norm.running_mean, usual.running_mean)
-    torch.testing.assert_close(norm.eval()(x), usual.eval()(x))
 
 
 def test_public_defect_a_teacher_in_train_mode():

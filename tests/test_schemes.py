@@ -28,7 +28,7 @@ from kdstudy.core import Clock, Method, Phase, View, without_decay
 from kdstudy.evaluate import logits_of
 from kdstudy.models import build_model
 from kdstudy.response import SphericalKD, VanillaKD
-from kdstudy.schemes import Alone, Batch, Offline, count_correct, look
+from kdstudy.schemes import Alone, Batch, Offline, count_correct, look, untracked
 
 ALL_TAPS = ("logits", "stem", "maps", "pre_maps", "embedding")
 
@@ -342,3 +342,17 @@ def test_an_odd_last_batch_that_is_too_small_is_refused_before_training(kept):
     with pytest.raises(ValueError, match="batches of 7 leave a last one of 1 of the 22 training images"):
         make_training(kept, make_recipe(batch=7))
     make_training(kept, make_recipe(batch=19))
+
+
+@torch.no_grad()
+def test_an_untracked_norm_answers_as_the_usual_one_and_keeps_nothing():
+    x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    norm, usual = nn.BatchNorm2d(3, eps=0.5), nn.BatchNorm2d(3, eps=0.5)
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    with untracked(nn.Sequential(norm)):
+        torch.testing.assert_close(norm(x), usual(x), rtol=0, atol=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in norm.state_dict().items())
+    norm(x)
+    assert torch.equal(norm.running_mean, usual.running_mean) and norm.num_batches_tracked == 1
+    with untracked(norm.eval()):
+        torch.testing.assert_close(norm(x), usual.eval()(x), rtol=0, atol=0)

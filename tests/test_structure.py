@@ -20,7 +20,7 @@ FLOORS = tuple(
         "attention boundaries contrast cross_layer data ensembles exits few_samples hints layers logits "
         "models penultimate relative response reuse samples sections sources",
         "checkpoint collaborative evaluate params schemes",
-        "train",
+        "peers train",
         "device study",
         "costs store",
         "results",
@@ -134,7 +134,9 @@ def test_stages_depend_on_the_methods_of_their_rows_and_on_no_others():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     files = {cls.__module__.rpartition(".")[2] for cls in METHODS.values()}
     for stage, rows in load_params(ROOT / "params.yaml").methods.items():
-        keys = {row.method for row in rows.values()} | {row.taught_by.method for row in rows.values() if row.taught_by}
+        keys = {row.method for row in rows.values()} | {
+            own.method for row in rows.values() for own in row.taught_by if own.method
+        }
         needed = {METHODS[key].__module__.rpartition(".")[2] for key in keys}
         shown = {name for file in needed for name in own_modules(PACKAGE / f"{file}.py")} & files
         listed = {Path(dep).stem for dep in stages[stage]["do"]["deps"] if dep.startswith("kdstudy/")} & files

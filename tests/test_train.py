@@ -417,7 +417,7 @@ def test_each_phase_changes_what_it_trains_and_nothing_else():
     assert changed(regress[-1], distil[-1]) == {name for name in start if name.startswith("student.")}
 
 
-class Peers(Scheme):
+class TakingTurns(Scheme):
     """Two networks that take turns, each pulled towards what the other says by then."""
 
     names = ("left", "right")
@@ -425,6 +425,10 @@ class Peers(Scheme):
     def __init__(self):
         super().__init__()
         self.left, self.right = tiny_net(1), tiny_net(2)
+
+    @classmethod
+    def assemble(cls, cast, method, sample, options):
+        return cls()
 
     def phases(self):
         return (Phase("mutual", self.objective, trains=self.names),)
@@ -448,8 +452,8 @@ class Peers(Scheme):
 
 def test_turns_are_taken_in_order_and_each_trains_its_own_modules(tmp_path):
     recipe = make_recipe(epochs=1, milestones=())
-    session = run_session(Peers(), recipe, seed=6)
-    peers = Peers().train()
+    session = run_session(TakingTurns(), recipe, seed=6)
+    peers = TakingTurns().train()
     optimisers = {
         name: torch.optim.SGD(peers.get_submodule(name).parameters(), 0.2, 0.9, 0, 5e-4) for name in peers.names
     }
@@ -466,8 +470,8 @@ def test_turns_are_taken_in_order_and_each_trains_its_own_modules(tmp_path):
             optimiser.step()
     torch.testing.assert_close(session.state, clone(peers.state_dict()), rtol=1e-10, atol=1e-12)
     assert {"left", "right"} < set(session.history[0])
-    run_session(Peers(), recipe, tmp_path / "checkpoint.pt", seed=6, stop_after=2)
-    resumed = run_session(Peers(), recipe, tmp_path / "checkpoint.pt", seed=6)
+    run_session(TakingTurns(), recipe, tmp_path / "checkpoint.pt", seed=6, stop_after=2)
+    resumed = run_session(TakingTurns(), recipe, tmp_path / "checkpoint.pt", seed=6)
     assert difference(resumed.outcome, session.outcome) is None
 
 
