@@ -65,16 +65,13 @@ class Recipe:
     def learning_rate_at(self, epoch: float) -> float:
         """The learning rate at this 0-based epoch, with its fraction that is done, under any schedule but plateau."""
         if self.schedule == "cosine":
-            start = max(begin for begin in self.cycle_starts() if begin <= epoch)
-            stop = min(begin for begin in (*self.cycle_starts(), self.epochs) if begin > epoch)
+            starts = cycle_starts(self.epochs, self.cycles)
+            start = max(begin for begin in starts if begin <= epoch)
+            stop = min(begin for begin in (*starts, self.epochs) if begin > epoch)
             return self.learning_rate / 2 * (1 + math.cos(math.pi * (epoch - start) / (stop - start)))
         if self.schedule == "constant":
             return self.learning_rate
         return self.learning_rate * self.factor ** sum(epoch >= milestone for milestone in self.milestones)
-
-    def cycle_starts(self) -> tuple[int, ...]:
-        """The epochs with which the cosine schedule's cycles begin."""
-        return tuple(round(cycle * self.epochs / self.cycles) for cycle in range(self.cycles))
 
     def lasting(self, length: float) -> "Recipe":
         """This recipe with `length` times its epochs, at least one, and its milestones scaled likewise."""
@@ -95,6 +92,11 @@ class Recipe:
         own = {"epochs": epochs, "milestones": milestones, "schedule": schedule}
         own["learning_rate"] = phase.rate * self.learning_rate
         return replace(self, **own | dict(phase.recipe))
+
+
+def cycle_starts(epochs: int, cycles: int) -> tuple[int, ...]:
+    """The 0-based epochs with which the cosine schedule's cycles begin."""
+    return tuple(round(cycle * epochs / cycles) for cycle in range(cycles))
 
 
 def _scaled(milestones: tuple[int, ...], length: float) -> tuple[int, ...]:

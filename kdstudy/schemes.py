@@ -184,7 +184,7 @@ def _root(name: str) -> str:
     return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
 
 
-class _Taught(Scheme):
+class Taught(Scheme):
     """One student, one method and its adapters: what `Alone` and `Offline` share."""
 
     def __init__(self, student: nn.Module, method: Method):
@@ -232,7 +232,7 @@ class _Taught(Scheme):
         return self.method.further(self.student, self.adapters)
 
 
-class Alone(_Taught):
+class Alone(Taught):
     """One network and its labels: baselines and teachers."""
 
     family = "none"
@@ -258,7 +258,7 @@ class SelfTaught(Alone):
     family = "self"
 
 
-class Offline(_Taught):
+class Offline(Taught):
     """A trained, frozen teacher and one student (Hinton et al. 2015).
 
     The teacher is no submodule: it cannot be trained, saved or put into train mode with the rest, and its batch-norm

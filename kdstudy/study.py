@@ -14,27 +14,33 @@ from kdstudy import (
     attention,
     boundaries,
     collaborative,
+    collective,
     contrast,
     cross_layer,
     ensembles,
     exits,
     few_samples,
+    generations,
     hints,
     layers,
     logits,
+    mutual,
     penultimate,
     relative,
     response,
     reuse,
     samples,
     sections,
+    self_taught,
     train,
+    virtual_teacher,
 )
 from kdstudy.core import Method
 from kdstudy.params import Grid, Params, Row, Setting, TaughtBy, build, look_up
 from kdstudy.peers import Peers
 from kdstudy.recipe import Recipe
 from kdstudy.schemes import Alone, Batch, Cast, Collaborative, Committee, Offline, Scheme, SelfTaught
+from kdstudy.snapshots import Snapshots
 
 METHODS: dict[str, type[Method]] = {
     # response: what the teacher answers
@@ -87,6 +93,18 @@ METHODS: dict[str, type[Method]] = {
     "collaborative_teaching": collaborative.CollaborativeTeaching,
     # solved in closed form
     "few_sample": few_samples.FewSample,
+    # between peers that learn at the same time
+    "mutual": mutual.DeepMutualLearning,
+    "codistillation": mutual.Codistillation,
+    "kdcl": collective.KDCL,
+    "okddip": collective.OKDDip,
+    # from oneself
+    "own_teacher": self_taught.BeYourOwnTeacher,
+    "snapshot": self_taught.SnapshotDistillation,
+    "born_again": generations.BornAgain,
+    "born_again_ensemble": generations.BornAgainEnsemble,
+    "teacher_free_self": virtual_teacher.TeacherFreeSelf,
+    "virtual_teacher": virtual_teacher.VirtualTeacher,
 }
 
 # who teaches whom
@@ -96,6 +114,7 @@ SCHEMES: dict[str, type[Scheme]] = {
     "collaborative": Collaborative,
     "peers": Peers,
     "self": SelfTaught,
+    "snapshot": Snapshots,
     "committee": Committee,
 }
 

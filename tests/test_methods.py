@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from torch import nn
 from kdstudy import train
 from kdstudy.core import Phase, View
 from kdstudy.data import ImageBank
-from kdstudy.models import Ensemble, build_model
+from kdstudy.models import build_model
 from kdstudy.recipe import Recipe
-from kdstudy.schemes import Batch, Scheme, look
+from kdstudy.schemes import Batch, Cast, Offline, Scheme, Turn, look
 from kdstudy.study import METHODS, SCHEMES, build_method, scheme_of
 from kdstudy.train import Training
 
@@ -40,6 +42,8 @@ OTHER_STUDENTS: dict[str, str] = {
 ZERO_FOR_EQUALS = {
     "few_sample",
     "kd",
+    "born_again",
+    "teacher_free_self",
     "logit_mimic",
     "dkd",
     "logit_standardisation",
@@ -58,9 +62,16 @@ ZERO_FOR_EQUALS = {
 }
 # their loss draws random numbers or depends on which images stand beside each other, as their papers have it
 ORDER_MATTERS = {"crd", "semckd", "multi_head_graph"}
+# networks that are trained beside the student
+PARTNERS: dict[str, tuple[str, ...]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "okddip": {"count": 3, "leader": True},
+}
 taught = [key for key, method in METHODS.items() if method.needs_teacher]
-on_logits = [key for key in taught if METHODS[key].reads == ("logits",)]
-offline = pytest.mark.parametrize("key", taught)
+on_logits = [key for key in taught if METHODS[key].reads == ("logits",) and build_method(key).phases()]
+offline = pytest.mark.parametrize(
+    "key", [key for key in METHODS if issubclass(SCHEMES[scheme_of(METHODS[key])], Offline)]
+)
 
 
 def network(name: str, dtype: torch.dtype) -> nn.Module:
@@ -74,11 +85,11 @@ def trained_network(name: str, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def teacher_for(key: str, dtype: torch.dtype) -> nn.Module:
+def teachers_for(key: str, dtype: torch.dtype) -> list[nn.Module]:
     wanted = OTHER_TEACHERS.get(key, TEACHER)
     if isinstance(wanted, int):
-        return Ensemble(trained_network(TEACHER, dtype) for _ in range(wanted))
-    return trained_network(wanted, dtype)
+        return [trained_network(TEACHER, dtype) for _ in range(wanted)]
+    return [trained_network(wanted, dtype)]
 
 
 def batch_of(size: int = 24, dtype: torch.dtype = torch.float64, of: int = 60) -> Batch:
@@ -90,20 +101,31 @@ def batch_of(size: int = 24, dtype: torch.dtype = torch.float64, of: int = 60) -
 
 
 def make_scheme(key: str, dtype: torch.dtype = torch.float64) -> Scheme:
-    """A small student and a wider teacher, on 8 x 8 grey images of 4 classes; ready for the first phase."""
+    """A small student and a wider teacher, on 8 x 8 grey images of 4 classes; ready for the first step."""
     torch.manual_seed(0)
-    student = network(OTHER_STUDENTS.get(key, STUDENT), dtype)
-    method = build_method(key)
-    networks = (student, teacher_for(key, dtype)) if method.needs_teacher else (student,)
-    scheme = SCHEMES[scheme_of(METHODS[key])](*networks, method, batch_of(24, dtype))
+    cls, name = SCHEMES[scheme_of(METHODS[key])], OTHER_STUDENTS.get(key, STUDENT)
+    first = [network(name, dtype)]  # before its teacher
+    teachers = teachers_for(key, dtype) if cls.needs_teacher else []
+
+    def build(wanted: str) -> nn.Module:
+        return first.pop() if first else network(wanted, dtype)
+
+    cast = Cast(build, name, PARTNERS.get(key, ()), teachers)
+    scheme = cls.assemble(cast, build_method(key), batch_of(24, dtype), cls.options(**OPTIONS.get(key, {})))
     scheme.prepare(lambda: [batch_of(32, dtype).images])
+    scheme.begin_epoch(0, 1, None)
+    scheme.begin_step(0)
     return scheme
 
 
-def total(scheme: Scheme, phase: Phase, batch: Batch, half: torch.dtype | None = None) -> torch.Tensor:
+def value(scheme: Scheme, phase: Phase, turn: Turn, batch: Batch, half: torch.dtype | None = None) -> torch.Tensor:
     scheme.set_modes(phase)
     torch.manual_seed(5)
-    return sum(sum(scheme.losses(phase, turn, batch, half).terms.values()) for turn in scheme.turns(phase))
+    return sum(scheme.losses(phase, turn, batch, half).terms.values())
+
+
+def steps(scheme: Scheme) -> Iterator[tuple[Phase, Turn]]:
+    return ((phase, turn) for phase in scheme.phases() for turn in scheme.turns(phase))
 
 
 def teacher_of(scheme: Scheme) -> nn.Module:
@@ -116,8 +138,8 @@ def test_the_teacher_is_never_touched(key):
     scheme = make_scheme(key)
     teacher = teacher_of(scheme)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    for phase in scheme.phases():
-        total(scheme, phase, batch_of()).backward()
+    for phase, turn in steps(scheme):
+        value(scheme, phase, turn, batch_of()).backward()
         assert not any(module.training for module in teacher.modules())
     after = teacher.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -129,13 +151,12 @@ def test_gradient_reaches_everything_that_a_phase_trains(key):
     scheme = make_scheme(key)
     names = {id(parameter): name for name, parameter in scheme.named_parameters()}
     trained = set()
-    for phase in scheme.phases():
+    for phase, turn in steps(scheme):
         scheme.zero_grad(set_to_none=True)
-        total(scheme, phase, batch_of()).backward()
-        for parameter in scheme.trained_parameters(phase.trains):
-            if parameter.requires_grad:
-                assert parameter.grad is not None and parameter.grad.any(), f"{phase.name}: {names[id(parameter)]}"
-                trained.add(names[id(parameter)])
+        value(scheme, phase, turn, batch_of()).backward()
+        for parameter in scheme.trained_parameters(turn.trains):
+            assert parameter.grad is not None and parameter.grad.any(), f"{turn.name}: {names[id(parameter)]}"
+            trained.add(names[id(parameter)])
     deployed = {id(parameter) for parameter in scheme.deployed.parameters() if parameter.requires_grad}
     wanted = {name for number, name in names.items() if number in deployed}
     if scheme.phases():
@@ -147,36 +168,39 @@ def test_batch_order_is_irrelevant(key):
     batch = batch_of()
     order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(2))
     shuffled = Batch(*(part[order] for part in batch[:4]), batch.census)
-    for number, phase in enumerate(make_scheme(key).phases()):
-        values = [total(make_scheme(key), make_scheme(key).phases()[number], each).item() for each in (batch, shuffled)]
-        assert values[0] == pytest.approx(values[1], rel=1e-10), phase.name
+    for number, (_, turn) in enumerate(steps(make_scheme(key))):
+        values = []
+        for each in (batch, shuffled):
+            scheme = make_scheme(key)
+            values.append(value(scheme, *list(steps(scheme))[number], each).item())
+        assert values[0] == pytest.approx(values[1], rel=1e-10), turn.name
 
 
 @pytest.mark.parametrize("key", METHODS)
 def test_finite_in_half_precision(key):
     scheme, batch = make_scheme(key, torch.float32), batch_of(dtype=torch.float32)
-    for phase in scheme.phases():
-        loss = total(scheme, phase, batch, torch.bfloat16)
+    for phase, turn in steps(scheme):
+        loss = value(scheme, phase, turn, batch, torch.bfloat16)
         assert loss.dtype == torch.float32 and loss.isfinite()
         loss.backward()
         assert all(p.grad.isfinite().all() for p in scheme.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_each_phase_lowers_its_loss_on_a_batch_that_stays_the_same(key):
+def test_each_turn_lowers_its_loss_on_a_batch_that_stays_the_same(key):
     scheme, batch = make_scheme(key), batch_of()
-    for phase in scheme.phases():
-        parameters = [p for p in scheme.trained_parameters(phase.trains) if p.requires_grad]
+    for phase, turn in steps(scheme):
+        parameters = scheme.trained_parameters(turn.trains)
         optimiser = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
         first = None
         for _ in range(25):
-            loss = total(scheme, phase, batch)
+            loss = value(scheme, phase, turn, batch)
             first = loss.item() if first is None else first
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward(inputs=parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
-        assert total(scheme, phase, batch).item() < first - 1e-3 * abs(first), phase.name
+        assert value(scheme, phase, turn, batch).item() < first - 1e-3 * abs(first), turn.name
 
 
 @pytest.mark.parametrize("key", on_logits)

@@ -17,10 +17,10 @@ FLOORS = tuple(
     for floor in (
         "core files workers",
         "adapters augment blocks edits heads image_set margins progress recipe",
-        "attention boundaries contrast cross_layer data ensembles exits few_samples hints layers logits "
-        "models penultimate relative response reuse samples sections sources",
-        "checkpoint collaborative evaluate params schemes",
-        "peers train",
+        "attention boundaries collective contrast cross_layer data ensembles exits few_samples generations hints layers "
+        "logits models mutual penultimate relative response reuse samples sections sources virtual_teacher",
+        "checkpoint collaborative evaluate params schemes self_taught",
+        "peers snapshots train",
         "device study",
         "costs store",
         "results",
