@@ -67,6 +67,9 @@ PARTNERS: dict[str, tuple[str, ...]] = {}
 OPTIONS: dict[str, dict[str, Any]] = {
     "okddip": {"count": 3, "leader": True},
 }
+HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "snapshot": {"cycles": 3},  # no more than a short run has epochs
+}
 taught = [key for key, method in METHODS.items() if method.needs_teacher]
 on_logits = [key for key in taught if METHODS[key].reads == ("logits",) and build_method(key).phases()]
 offline = pytest.mark.parametrize(
@@ -111,7 +114,8 @@ def make_scheme(key: str, dtype: torch.dtype = torch.float64) -> Scheme:
         return first.pop() if first else network(wanted, dtype)
 
     cast = Cast(build, name, PARTNERS.get(key, ()), teachers)
-    scheme = cls.assemble(cast, build_method(key), batch_of(24, dtype), cls.options(**OPTIONS.get(key, {})))
+    method = build_method(key, **HYPERPARAMETERS.get(key, {}))
+    scheme = cls.assemble(cast, method, batch_of(24, dtype), cls.options(**OPTIONS.get(key, {})))
     scheme.prepare(lambda: [batch_of(32, dtype).images])
     scheme.begin_epoch(0, 1, None)
     scheme.begin_step(0)
