@@ -115,7 +115,7 @@ class KDCL(Method):
     def _mixed(self, logits: Tensor, weights: Tensor) -> Tensor:
         if self.combine == "logits":
             return torch.einsum("m,mbc->bc", weights, logits)
-        shares = weights.clamp(min=0) / weights.clamp(min=0).sum()
+        shares = weights.clamp(min=0)  # their sum is lost in the softmax of whoever reads the logits
         return (shares.log().view(-1, 1, 1) + logits.log_softmax(dim=2)).logsumexp(dim=0)
 
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:

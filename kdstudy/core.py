@@ -172,9 +172,12 @@ class Method(ABC):
         """Fill buffers of `adapters` from one pass of the teacher over the plain training images, before training."""
 
     def initialise(  # noqa: B027 - optional
-        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]
+        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor], adapters: nn.ModuleDict
     ) -> None:
-        """Change the student's first weights, before `calibrate` and training; `plain_batches` are training images."""
+        """Change the student's first weights, before `calibrate` and training.
+
+        `plain_batches` are the training images, in the order of the tap `census`, which `adapters` may have kept.
+        """
 
     def unite(self, members: tuple[View, ...], labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
         """The logits (B, C) of several networks that teach as one: by default the log of their mean probabilities."""

@@ -48,7 +48,9 @@ class HeadTraining(Method):
         if self.kd_weight:
             raise ValueError(f"kd_weight must be 0, not {self.kd_weight!r}: heads are trained on the labels alone")
 
-    def initialise(self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]) -> None:
+    def initialise(
+        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor], adapters: nn.ModuleDict
+    ) -> None:
         """Copy the teacher into the student's backbone and freeze that. Raises ValueError if there is no such copy."""
         weights, backbone = teacher.state_dict(), getattr(student, "backbone", None)
         if backbone is None or _shapes(weights) != _shapes(backbone.state_dict()):

@@ -73,7 +73,9 @@ class FewSample(Method):
         return ()
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]) -> None:
+    def initialise(
+        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor], adapters: nn.ModuleDict
+    ) -> None:
         """Prune, then align block by block."""
         student.load_state_dict(pruned_state(student, teacher))
         student.eval()

@@ -28,7 +28,10 @@ from kdstudy.blocks import (
 )
 from kdstudy.core import View
 from kdstudy.files import unknown_name
-from kdstudy.heads import add_heads
+from kdstudy.heads import HEADS, HeadedNet, add_heads
+from kdstudy.modalities import MODALITIES, ModalityNet
+from kdstudy.quantisation import QuantisedNet
+from kdstudy.trees import DecisionTree
 
 
 def build_model(name: str, *, classes: int, channels: int = 3, image_size: int | tuple[int, int] = 32) -> nn.Module:
@@ -47,9 +50,18 @@ def build_model(name: str, *, classes: int, channels: int = 3, image_size: int |
     | `mobilenet_v2` | Sandler et al. 2018, its first stride of 2 in the block run of 32 channels |
     | `swish_teacher`, `swish_student` | plain CNNs with dropout and `ScaledSwish`, no batch norm (Devopedia) |
     | `cnn_small` | plain CNN of four convolutions with batch norm, for tiny images |
+    | `wrn_40_2_bottom2` | stem and first two stages of `wrn_40_2`, or of any of these, pooled, with a classifier |
+    | `tree_6` | decision tree on the pixels, of a depth from 1 to 12; only `soft_tree` fits it, and it has no taps |
 
-    Any of them with `+heads` or `+sepheads` behind its name has a head on every stage but the last (`heads.py`): its
+    Any of them with `@grey`, `@edges` or `@low` behind its name sees another modality of the images (`modalities.py`):
+    their luma, the length of its gradient, or its means over 2 x 2 pixels. It is built for one channel, and with `@low`
+    for half of `image_size`, rounded up. Images of one channel are their own luma.
+
+    Any of these with `+heads` or `+sepheads` behind its name has a head on every stage but the last (`heads.py`): its
     `exits` are their views. The backbone comes first, so that its initial weights are those of the plain network.
+
+    With `_int8` behind its name a network is on the grids of integers (`quantisation.py`), and shows logits alone;
+    `_int2` to `_int7` have coarser weights between the first and the last layer.
 
     Taps: `stem` is what enters stage 1. ResNets and CNNs have `maps` after and `pre_maps` before the activation that
     ends a stage, ahead of any pooling. Wide ResNets have bare residual sums (signed) as `maps`, the batch norm that
@@ -69,9 +81,6 @@ def build_model(name: str, *, classes: int, channels: int = 3, image_size: int |
     for what, value, least in (("classes", classes, 2), ("channels", channels, 1), ("image_size", min(sides), 1)):
         if value < least:
             raise ValueError(f"{what} must be at least {least}, not {value}")
-    if match := re.fullmatch(r"([^+]+)\+(heads|sepheads)", name):
-        backbone = build_model(match[1], classes=classes, channels=channels, image_size=sides)
-        return add_heads(backbone, match[2], channels, sides)
     for pattern, build in FAMILIES:
         if match := re.fullmatch(pattern, name):
             return build(match, classes, channels, sides)
@@ -94,8 +103,8 @@ def known_models() -> tuple[str, ...]:
         *("resnet8x4", "resnet32x4", "wrn_10_0.25", "wrn_16_1", "wrn_16_2", "wrn_28_10", "wrn_40_1", "wrn_40_2"),
         *("plain18", "plain34", "plain8", "plain20", "plain32", "plain44", "plain56", "plain110"),
         *("resnet20_pruned0.5", "resnet56_pruned0.5", "wrn_16_1_pruned0.5", "wrn_40_2_pruned0.5"),
-        *("mobilenet_v2", "swish_teacher", "swish_student", "cnn_small"),
-        *("wrn_40_2+heads", "wrn_40_2+sepheads"),
+        *("mobilenet_v2", "swish_teacher", "swish_student", "cnn_small", "tree_6", "wrn_40_2_bottom2", "wrn_40_2_int8"),
+        *("wrn_40_2@grey", "wrn_40_2@edges", "wrn_40_2@low", "wrn_40_2+heads", "wrn_40_2+sepheads"),
     )
 
 
@@ -279,6 +288,42 @@ def _small_cnn(match: re.Match[str], classes: int, channels: int, sides: tuple[i
     return _globally_pooled(stem, (first, second, third), (), 64, classes)
 
 
+def _tree(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> DecisionTree:
+    return DecisionTree(int(match["depth"]), classes, (channels, *sides))
+
+
+def _bottom(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> StagedNet:
+    whole = build_model(match["base"], classes=classes, channels=channels, image_size=sides)
+    kept, stages = int(match["kept"]), getattr(whole, "stages", ())
+    if kept >= len(stages):
+        raise ValueError(f"{match[0]} cannot be: {match['base']} has {len(stages)} stages, and one at least must go")
+    with torch.no_grad():
+        view = whole.eval()(torch.zeros(1, channels, *sides))
+    return _globally_pooled(whole.stem, stages[:kept], (), view.maps[kept - 1].shape[1], classes).train()
+
+
+def _quantised(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> QuantisedNet:
+    backbone = build_model(match["base"], classes=classes, channels=channels, image_size=sides)
+    return QuantisedNet(backbone, int(match["bits"]))
+
+
+def _behind_modality(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> ModalityNet:
+    modality = MODALITIES[match["modality"]]()
+    _, channels, *seen = modality(torch.zeros(1, channels, *sides)).shape
+    try:
+        backbone = build_model(match["base"], classes=classes, channels=channels, image_size=tuple(seen))
+    except ValueError as error:
+        if tuple(seen) == sides:
+            raise
+        raise ValueError(f"{match[0]} sees {seen[0]} x {seen[1]} of {sides[0]} x {sides[1]} pixels: {error}") from error
+    return ModalityNet(modality, backbone)
+
+
+def _with_heads(match: re.Match[str], classes: int, channels: int, sides: tuple[int, int]) -> HeadedNet:
+    backbone = build_model(match["base"], classes=classes, channels=channels, image_size=sides)
+    return add_heads(backbone, match["heads"], channels, sides)
+
+
 FACTOR = r"(?P<factor>[1-9]\d*|(?:0|[1-9]\d*)\.\d*[1-9])"  # a width is written in one way only
 PRUNED = r"(?:_pruned(?P<kept>0\.\d*[1-9]))?"
 FAMILIES = (
@@ -288,4 +333,10 @@ FAMILIES = (
     (r"mobilenet_v2", _mobilenet),
     (r"swish_(?P<role>teacher|student)", _swish_cnn),
     (r"cnn_small", _small_cnn),
+    (r"tree_(?P<depth>[1-9]|1[0-2])", _tree),
+    # what is made of them
+    (r"(?P<base>[^@+]+(?:@224)?)_bottom(?P<kept>[1-9])", _bottom),
+    (r"(?P<base>[^+]+)_int(?P<bits>[2-8])", _quantised),
+    (rf"(?P<base>[^@+]+(?:@224)?)@(?P<modality>{'|'.join(MODALITIES)})", _behind_modality),
+    (rf"(?P<base>[^+]+)\+(?P<heads>{'|'.join(HEADS)})", _with_heads),
 )

@@ -70,7 +70,7 @@ class Codistillation(Method):
       the second form of deep mutual learning; its value is larger by the entropy of the target.
     * "logits": `psi = mean_{b,c} (1/(N-1) sum_{l != k} z_l - z_k)^2`.
 
-    Defaults: 1, 1. Scheme: `count` 2, `burn_in` 0.1 (before it the labels alone), `exchange_interval` above 0 for the
+    Defaults: 1, 1. Scheme: `count` 2, `burn_in` 0.1 (labels alone until then), `exchange_interval` above 0 for the
     paper's stale copies, batches "own_images".
 
     Differs from the printed text:

@@ -1,6 +1,7 @@
 """Networks that are trained at the same time and teach each other."""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,8 +90,6 @@ class Peers(Scheme):
         if cast.partners and options.count not in (2, 1 + len(cast.partners)):
             raise ValueError(f"count is {options.count}, but the student and its partners are {1 + len(cast.partners)}")
         names = cast.partners or (cast.network,) * (options.count - 1)
-        if options.leader and len(names) < 2:
-            raise ValueError("a leader needs two partners or more")
         return cls([cast.student(), *map(cast.build, names)], method, sample, options)
 
     def _check(self) -> None:
@@ -98,7 +97,8 @@ class Peers(Scheme):
         prepares = any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("calibrate", "initialise"))
         if not method.needs_teacher or prepares or method.deploys or "network" in method.reads:
             raise ValueError(f"{name} cannot be used between peers: it needs a teacher that is finished, or none")
-        if self._together and not set(method.reads) <= {"logits", "members", "embedding", "indices", "strong"}:
+        shown = {"logits", "indices"} | ({"members", "embedding"} if "members" in method.reads else set())
+        if self._together and not set(method.reads) <= shown:
             raise ValueError(f"peers that teach as one show no more than logits, and {name} reads more")
 
     def _size_adapters(self, sample: Batch) -> None:
@@ -133,34 +133,16 @@ class Peers(Scheme):
         return tuple(replace(phase, trains=self._everyones(phase.trains)) for phase in self.method.phases())
 
     def _everyones(self, trains: Sequence[str]) -> tuple[str, ...]:
-        names = []
-        for name in trains:
-            root, _, rest = name.partition(".")
-            if root == "student":
-                names += [f"peers.{number}" + (f".{rest}" if rest else "") for number in self._numbers]
-            elif rest and not self._together:
-                names += [f"adapters.{pair}.{rest}" for pair in self.adapters]
-            else:
-                names.append(name)
-        return tuple(names)
+        pairs = ["adapters"] if self._together else [f"adapters.{pair}" for pair in self.adapters]
+        modules = {"student": [f"peers.{number}" for number in self._numbers], "adapters": pairs}
+        parts = [name.partition(".") for name in trains]
+        return tuple(module + dot + rest for root, dot, rest in parts for module in modules[root])
 
     def turns(self, phase: Phase) -> tuple[Turn, ...]:
         """One step of all peers, or one of each."""
         if not self._options.alternate:
             return super().turns(phase)
-        return tuple(Turn(f"{phase.name} {number}", self._own(phase.trains, number)) for number in self._numbers)
-
-    def _own(self, trains: Sequence[str], student: int) -> tuple[str, ...]:
-        """What of a phase's modules belongs to one peer; adapters that all share are trained by all."""
-        names = []
-        for name in trains:
-            if name == "adapters" and not self._together:
-                names += [f"adapters.{_pair(student, other)}" for other in self._group(student)]
-            elif name.startswith("adapters"):
-                names += [name] if self._together or name.split(".")[1].startswith(f"{student}_") else []
-            elif _peers_among([name]) == [student]:
-                names.append(name)
-        return tuple(names)
+        return tuple(Turn(f"{phase.name} {number}", _own(phase.trains, number)) for number in self._numbers)
 
     def begin_epoch(self, epoch: int, epochs: int, held_out: ImageBank | None) -> None:
         """End the burn-in when it is time, and let the method weigh the peers by their answers for held-out images."""
@@ -180,7 +162,7 @@ class Peers(Scheme):
 
     def losses(self, phase, turn, batch, half):
         """The method's terms of every peer that the turn trains, against those that teach it."""
-        students = _peers_among(turn.trains)
+        students = sorted({_owner(name) for name in turn.trains} - {None})
         views = self._own_views(batch, half, students)
         united: dict[tuple[int, ...], Tensor] = {}
         terms: dict[str, Tensor] = {}
@@ -214,7 +196,7 @@ class Peers(Scheme):
         if group not in united or self.own_images:
             united[group] = self.method.unite(members, labels, self.adapters)
         place = group.index(student) if student in group else None
-        teacher = View(united[group], members=members, indices=view.indices, strong=members[0].strong, place=place)
+        teacher = View(united[group], members=members, indices=view.indices, place=place)
         return phase.objective(view, teacher, labels, self.adapters)
 
     def _own_views(self, batch: Batch, half: torch.dtype | None, students: Sequence[int]) -> dict[int, View]:
@@ -225,17 +207,17 @@ class Peers(Scheme):
         return {number: look(self.peers[number], self._batch_of(number, batch), taps, half) for number in students}
 
     def _branch_views(self, batch: Batch, half: torch.dtype | None) -> dict[int, View]:
-        shared, (first, *others) = self._options.shared_stages, self.peers
+        taps, shared, (first, *others) = self.method.reads, self._options.shared_stages, self.peers
         trunk = forward(first, batch.images, half)
-        views = [trunk]
-        for peer in others:
+        views = {0: shown(trunk, first, batch, taps, half)}
+        for number, peer in enumerate(others, start=1):
             # the trunk has seen the batch already: its batch norms must not count it again
-            with untracked(*peer.stages[:shared]):
+            with untracked(peer.stem, *peer.stages[:shared]):
                 view = forward(partial(peer.resume, shared), trunk.maps[shared - 1], half)
-            lower = {"maps": trunk.maps[:shared] + view.maps, "pre_maps": trunk.pre_maps[:shared] + view.pre_maps}
-            views.append(view._replace(stem=trunk.stem, **lower))
-        taps = self.method.reads
-        return {number: shown(view, self.peers[number], batch, taps, half) for number, view in enumerate(views)}
+                maps, pre_maps = trunk.maps[:shared] + view.maps, trunk.pre_maps[:shared] + view.pre_maps
+                view = view._replace(stem=trunk.stem, maps=maps, pre_maps=pre_maps)
+                views[number] = shown(view, peer, batch, taps, half)
+        return views
 
     def _teacher(
         self, number: int, student: int, views: Mapping[int, View], batch: Batch, half: torch.dtype | None
@@ -264,10 +246,15 @@ class Peers(Scheme):
         return others | {"ensemble": Ensemble(self.peers)}
 
 
-def _peers_among(names: Iterable[str]) -> list[int]:
-    """The peers to which modules of these names belong."""
-    parts = [name.split(".") for name in names]
-    return sorted({int(part[1]) for part in parts if part[0] == "peers"})
+def _owner(name: str) -> int | None:
+    """The peer that a module belongs to: 1 for "peers.1.stem" and "adapters.1_0"; None for adapters of all."""
+    found = re.match(r"(?:peers|adapters)\.(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def _own(trains: Iterable[str], student: int) -> tuple[str, ...]:
+    """What of a phase's modules one peer trains: its own, and adapters of all."""
+    return tuple(name for name in trains if _owner(name) in (student, None))
 
 
 def _pair(student: int, teacher: int) -> str:
@@ -276,10 +263,17 @@ def _pair(student: int, teacher: int) -> str:
 
 def _share(peers: Sequence[nn.Module], stages: int) -> None:
     """Make the stem and the first stages of all peers those of the first one."""
+    if any(len(getattr(peer, "stages", ())) <= stages for peer in peers):
+        raise ValueError(f"branches that share {stages} stages need networks with a stem and more stages than that")
     first, *others = peers
     for peer in others:
-        if len(getattr(peer, "stages", ())) <= stages:
-            raise ValueError(f"branches that share {stages} stages need networks with a stem and more stages than that")
+        if _shapes(peer, stages) != _shapes(first, stages):
+            raise ValueError(f"branches that share {stages} stages need networks whose first {stages} are alike")
         peer.stem = first.stem
         for number in range(stages):
             peer.stages[number] = first.stages[number]
+
+
+def _shapes(network: nn.Module, stages: int) -> list[torch.Size]:
+    shared = (network.stem, *network.stages[:stages])
+    return [parameter.shape for module in shared for parameter in module.parameters()]

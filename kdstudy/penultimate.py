@@ -48,7 +48,9 @@ class ClassDistance(Method):
         return nn.ModuleDict({"regressor": nn.Linear(*widths)})
 
     @torch.no_grad()
-    def initialise(self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]) -> None:
+    def initialise(
+        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor], adapters: nn.ModuleDict
+    ) -> None:
         """Give the student the teacher's classifier, if it is to reuse it."""
         if self.reuse_classifier:
             student.classifier.load_state_dict(teacher.classifier.state_dict())

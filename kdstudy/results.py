@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 
 from kdstudy.store import Record, Store
-from kdstudy.study import Planner, RunSpec
+from kdstudy.study import SCHEMES, Planner, RunSpec
 
 RESULT_COLUMNS = (
     *("run", "profile", "dataset", "teacher", "student", "stage", "scheme", "method", "hyperparameters", "seed"),
     *("epochs", "test_accuracy", "val_accuracy", "teacher_accuracy", "agreement", "nll", "ece", "student_parameters"),
     *("seconds", "device", "torch", "commit", "setting", "purpose", "status"),
+    *("deployed", "network_epochs", "all_network_epochs", "further"),
 )
 
 
@@ -48,8 +49,20 @@ class Ledger:
     def frame(self, specs: Iterable[RunSpec]) -> pd.DataFrame:
         """One row per run that has a record, in the columns of results.csv."""
         pairs = [(spec, self.store.record(spec)) for spec in specs]
-        rows = [result_row(spec, record) for spec, record in pairs if record is not None]
+        rows = [
+            result_row(spec, record) | {"all_network_epochs": self.network_epochs(spec)}
+            for spec, record in pairs
+            if record is not None
+        ]
         return pd.DataFrame(rows, columns=list(RESULT_COLUMNS))
+
+    def network_epochs(self, spec: RunSpec) -> int | None:
+        """What a run cost with all runs that taught it, each once; None if one of them has no record.
+
+        The unit is an epoch of one network, forward and back.
+        """
+        records = [self.store.record(run) for run in _with_teachers(spec).values()]
+        return None if None in records else sum(record["network_epochs"] for record in records)
 
     def profile(self, profile: str) -> pd.DataFrame:
         """results.csv of a profile: all stages of all its settings."""
@@ -65,6 +78,15 @@ class Ledger:
             names = {"run": spec.id, "method": spec.row, "seed": spec.seed, "purpose": spec.purpose}
             epochs += [names | epoch for epoch in (record["history"] if record else ())]
         return pd.DataFrame(epochs)
+
+
+def _with_teachers(spec: RunSpec) -> dict[str, RunSpec]:
+    """A run and all that it learned from, by id."""
+    found = {spec.id: spec}
+    if SCHEMES[spec.scheme_name].needs_teacher:
+        for teacher in spec.teachers:
+            found |= _with_teachers(teacher)
+    return found
 
 
 def choose(cells: list[RunSpec], records: list[Record]) -> RunSpec:
@@ -109,4 +131,7 @@ def result_row(spec: RunSpec, record: Record) -> dict[str, Any]:
         "setting": spec.setting,
         "purpose": spec.purpose,
         "status": record["status"],
+        "deployed": record["deployed"],
+        "network_epochs": record["network_epochs"],
+        "further": json.dumps(record["further"], sort_keys=True),
     }

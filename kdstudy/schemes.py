@@ -289,7 +289,7 @@ class Offline(Taught):
         """Let the method change the student's first weights and measure the teacher, if it wants to."""
         (teacher,) = self._teacher
         with torch.no_grad():
-            self.method.initialise(self.student, teacher, plain_batches())
+            self.method.initialise(self.student, teacher, plain_batches(), self.adapters)
 
         def views() -> Iterator[View]:
             with torch.no_grad():

@@ -93,7 +93,9 @@ class LIT(Method):
                 raise ValueError(f"LIT needs stages of equal width, but stage {number} has {widths} channels")
         return nn.ModuleDict()
 
-    def initialise(self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor]) -> None:
+    def initialise(
+        self, student: nn.Module, teacher: nn.Module, plain_batches: Iterable[Tensor], adapters: nn.ModuleDict
+    ) -> None:
         """Copy the teacher's stem and classifier, batch statistics included."""
         for part in COPIED:
             getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())

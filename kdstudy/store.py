@@ -117,4 +117,6 @@ def _read_record(path: Path, run: str) -> Record:
         raise ValueError(f"{path} is no record of a run ({error}); remove it to have the run made again") from error
     if found != run:
         raise ValueError(f"{path} is the record of run {found}, not {run}")
-    return record
+    # records from before there were schemes of several networks do not say these
+    one_network = {"deployed": "student", "further": {}, "network_epochs": len(record["history"])}
+    return one_network | record

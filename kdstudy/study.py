@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from kdstudy import (
+    adversarial,
     attention,
     boundaries,
     collaborative,
     collective,
     contrast,
     cross_layer,
+    data_free,
     ensembles,
     exits,
     few_samples,
@@ -26,21 +28,27 @@ from kdstudy import (
     logits,
     mutual,
     penultimate,
+    quantised,
     relative,
     response,
     reuse,
+    rocket,
     samples,
     sections,
     self_taught,
     train,
+    tree_students,
     virtual_teacher,
 )
 from kdstudy.core import Method
+from kdstudy.launch import Launch
 from kdstudy.params import Grid, Params, Row, Setting, TaughtBy, build, look_up
 from kdstudy.peers import Peers
 from kdstudy.recipe import Recipe
+from kdstudy.rivals import Rivals
 from kdstudy.schemes import Alone, Batch, Cast, Collaborative, Committee, Offline, Scheme, SelfTaught
 from kdstudy.snapshots import Snapshots
+from kdstudy.synthetic import Impressions, Munged, ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     # response: what the teacher answers
@@ -98,6 +106,8 @@ METHODS: dict[str, type[Method]] = {
     "codistillation": mutual.Codistillation,
     "kdcl": collective.KDCL,
     "okddip": collective.OKDDip,
+    "afd": adversarial.AdversarialDistillation,
+    "rocket": rocket.RocketLaunching,
     # from oneself
     "own_teacher": self_taught.BeYourOwnTeacher,
     "snapshot": self_taught.SnapshotDistillation,
@@ -105,6 +115,12 @@ METHODS: dict[str, type[Method]] = {
     "born_again_ensemble": generations.BornAgainEnsemble,
     "teacher_free_self": virtual_teacher.TeacherFreeSelf,
     "virtual_teacher": virtual_teacher.VirtualTeacher,
+    # without the training images
+    "zero_shot": data_free.ZeroShotTransfer,
+    "data_impressions": data_free.DataImpressions,
+    # students that are not the usual networks
+    "quantised": quantised.QuantisedKD,
+    "soft_tree": tree_students.SoftTree,
 }
 
 # who teaches whom
@@ -113,9 +129,14 @@ SCHEMES: dict[str, type[Scheme]] = {
     "offline": Offline,
     "collaborative": Collaborative,
     "peers": Peers,
+    "rivals": Rivals,
+    "launch": Launch,
     "self": SelfTaught,
     "snapshot": Snapshots,
     "committee": Committee,
+    "zero_shot": ZeroShot,
+    "impressions": Impressions,
+    "munged": Munged,
 }
 
 BASELINE = "ce"  # what teachers and baseline students are trained with

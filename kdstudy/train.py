@@ -199,7 +199,7 @@ class Training:
             self.scheme.begin_epoch(self.position.epoch, recipe.epochs, self.watch.get("held_out"))
         steps = math.ceil(len(self._bank) / recipe.batch)
         for step in range(self.position.step, steps):
-            self._set_learning_rates(step / steps)
+            self._set_learning_rates(recipe, step / steps)
             self.scheme.begin_step(self.position.epoch * steps + step)
             self._step(phase, recipe, self._batch(draws, recipe, step))
             self.position.step = step + 1
@@ -233,11 +233,13 @@ class Training:
             noted |= {name: term * len(batch.labels) for name, term in losses.terms.items()} | dict(losses.counts)
         self._sums.add(noted)
 
-    def _set_learning_rates(self, done: float) -> None:
+    def _set_learning_rates(self, of_phase: Recipe, done: float) -> None:
         """Give every optimiser its rate; `done` is the share of the epoch that is over."""
         for name, recipe in self._recipes.items():
-            follows = recipe.schedule == "plateau"
-            rate = self._plateau.learning_rate if follows else recipe.learning_rate_at(self.position.epoch + done)
+            if recipe.schedule == "plateau":  # the phase's, at which a turn may learn faster or slower
+                rate = self._plateau.learning_rate * (recipe.learning_rate / of_phase.learning_rate)
+            else:
+                rate = recipe.learning_rate_at(self.position.epoch + done)
             for group in self._optimisers[name].param_groups:
                 group["lr"] = rate
 

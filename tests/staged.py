@@ -1,14 +1,24 @@
-"""Runs of methods that read maps, on tiny networks with stages. All in float64."""
+"""Runs of methods that read maps, on tiny networks with stages, in float64; and a study on disk, in float32."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from toy import CLASSES, make_bank, make_recipe, make_training, pictures
 
 from kdstudy.core import Method, View
+from kdstudy.device import data_path
+from kdstudy.execute import Executor, open_ledger
+from kdstudy.image_set import ImageSet, save_image_set
 from kdstudy.models import build_model
 from kdstudy.schemes import Batch, Offline, look
+from kdstudy.store import Store
 
 EPOCHS = 3
 
@@ -81,3 +91,29 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], module: nn.Module) -> set[str]:
     """Names of parameters and buffers that are no longer what they were."""
     return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+@contextmanager
+def study(folder: Path, teacher: str, student: str, methods: Mapping[str, Any], **setting: Any) -> Iterator[Executor]:
+    """The executor of a study of one setting, "mine": 60 and 30 random images of 8 x 8 pixels, two seeds, one epoch.
+
+    Its files are in `folder`, which is the current one until the context is left.
+    """
+    recipe = {"epochs": 1, "batch": 16, "learning_rate": 0.05, "crop_padding": 1, "flip": False, "precision": "fp32"}
+    pair = {"profile": "quick", "dataset": "mine", "teacher": teacher, "student": student}
+    tree = {
+        "profiles": {"quick": {"device": "cpu", "threads": 1, "workers": 1}},
+        "datasets": {"mine": {"source": "npz", "validation": 12}},
+        "recipes": {"short": recipe},
+        "settings": {"mine": {**pair, "recipe": "short", "seeds": [0, 1], **setting}},
+        "methods": dict(methods),
+        "grids": {},
+    }
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
+    labels = np.arange(60) % 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("KDSTUDY_DEVICE", raising=False)
+        Path("params.yaml").write_text(yaml.safe_dump(tree))
+        save_image_set(ImageSet("mine", pixels, labels, pixels[30:], labels[30:]), data_path("mine"))
+        yield Executor(open_ledger(store=Store(Path("store"), Path("runs"))), "mine")

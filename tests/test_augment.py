@@ -14,12 +14,13 @@ from toy import (
     Plain,
     augment_slowly,
     difference,
+    ends_alike_if_stopped,
     gpu,
+    images_seen,
     make_bank,
     make_recipe,
     make_training,
     pictures,
-    run_session,
     tiny_net,
     tiny_teacher,
 )
@@ -280,23 +281,11 @@ def two_view_scheme(seed: int = 0, student=None) -> Offline:
     return Offline(student, tiny_teacher(), MultiLevel(), Batch(images, bank.labels[:2], strong=images))
 
 
-def batches_seen(scheme, seed: int = 3) -> list[torch.Tensor]:
-    seen = []
-
-    def note(network, arguments):
-        if network.training:
-            seen.append(arguments[0].clone())
-
-    scheme.student.register_forward_pre_hook(note)
-    make_training(scheme, make_recipe(), seed=seed).run()
-    return seen
-
-
 def test_each_step_has_both_views_and_the_weak_one_is_that_of_all_methods():
     images = next(make_bank(*pictures()).plain(2))
     plain = Alone(tiny_net(0), Plain(), Batch(images, torch.zeros(2, dtype=torch.long)))
-    usual = batches_seen(plain)
-    seen = batches_seen(two_view_scheme())
+    usual = images_seen(plain)
+    seen = images_seen(two_view_scheme())
     assert difference(seen[0::2], usual) is None
     assert not torch.equal(seen[1], seen[0])
     bank = make_bank(*pictures(), padding=PADDING)
@@ -317,14 +306,7 @@ def test_methods_with_one_view_have_no_second_one_made(monkeypatch):
 
 
 def test_two_views_stopped_after_any_step_and_resumed_equal_uninterrupted(tmp_path):
-    whole = run_session(two_view_scheme(), make_recipe())
-    assert whole.steps == 9
-    for stop in (1, 3, 5):
-        checkpoint = tmp_path / f"{stop}.pt"
-        assert run_session(two_view_scheme(), make_recipe(), checkpoint, stop_after=stop).stopped
-        torch.rand(stop)
-        second = run_session(two_view_scheme(), make_recipe(), checkpoint)
-        assert difference(second.outcome, whole.outcome) is None
+    ends_alike_if_stopped(two_view_scheme, (1, 3, 5), tmp_path)
 
 
 @gpu

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from batches import TOLERANCE, batch_a, oracles
 from staged import EPOCHS, batch, below, changed, modes_in_a_run, network, run, scheme_for, state, teacher_of, view
 from torch import nn
-from toy import make_recipe, run_session
+from toy import ends_alike_if_stopped
 
 from kdstudy.boundaries import (
     ActivationBoundaries,
@@ -257,14 +257,7 @@ def test_public_defect_a_student_in_eval_mode_from_the_second_epoch(method):
 
 @both
 def test_a_run_stopped_anywhere_ends_as_one_that_is_not(method, tmp_path):
-    recipe = make_recipe(epochs=2, milestones=())
-    whole = run_session(scheme_for(method), recipe)
-    for step in (1, 5):
-        path = tmp_path / f"{step}.pt"
-        assert run_session(scheme_for(method), recipe, path, stop_after=step).stopped
-        resumed = run_session(scheme_for(method), recipe, path)
-        assert resumed.history == whole.history
-        assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
+    ends_alike_if_stopped(lambda: scheme_for(method), (1, 5), tmp_path)
 
 
 @both

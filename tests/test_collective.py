@@ -171,7 +171,7 @@ def test_equal_peers_have_equal_weights_and_others_no_ridge():
     member, labels = random_peers(1)
     twins = least_error_weights(member[0].logits.expand(3, -1, -1), labels)
     torch.testing.assert_close(twins, torch.full_like(twins, 1 / 3))
-    perfect = 200 * F.one_hot(labels, 6).double().expand(2, -1, -1)
+    perfect = 800 * F.one_hot(labels, 6).double().expand(2, -1, -1)
     torch.testing.assert_close(least_error_weights(perfect, labels), torch.full((2,), 0.5, dtype=torch.float64))
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2
 from toy import CPU, MEAN, STD, augment_slowly, gpu, make_bank, pictures
 
-from kdstudy.data import Draws
+from kdstudy.data import BlankBank, Draws, ImageBank
 
 SHAPES = [((6, 5), 3, 2), ((4, 7), 1, 1), ((3, 3), 2, 4), ((6, 5), 3, 0)]
 
@@ -160,3 +160,39 @@ def test_draws_and_batches_are_the_same_on_the_gpu():
         bank = make_bank(images, labels, padding=4, device=device)
         batches.append(bank.augmented(*draws.batch(1, 0, 50)).cpu())
     torch.testing.assert_close(*batches, rtol=1e-14, atol=1e-14)
+
+
+def blank_bank(count=11, **options) -> BlankBank:
+    return BlankBank(count, (3, 6, 5), **{"padding": 2, "device": CPU, "dtype": torch.float64} | options)
+
+
+def test_a_blank_bank_has_the_shapes_of_a_bank_and_nothing_in_them():
+    bank, blank = make_bank(*pictures(11), padding=2), blank_bank()
+    draws = make_draws(images=11, padding=2, strong=True)
+    index, shift, flip = draws.batch(0, 0, 7)
+    assert (len(blank), blank.padding) == (len(bank), bank.padding)
+    assert [len(batch) for batch in blank.plain(4)] == [len(batch) for batch in bank.plain(4)] == [4, 4, 3]
+    pairs = list(zip(blank.plain(4), bank.plain(4), strict=True))
+    pairs.append((blank.augmented(index, shift, flip), bank.augmented(index, shift, flip)))
+    strong = draws.strong_batch(0, 0, 7)
+    pairs.append((blank.strong(index, strong), bank.strong(index, strong)))
+    pairs.append((blank.labels, bank.labels))
+    for nothing, images in pairs:
+        assert (nothing.shape, nothing.dtype, nothing.device) == (images.shape, images.dtype, images.device)
+        assert not nothing.any() and images.any()
+
+
+def test_a_blank_bank_offers_all_that_a_bank_does():
+    def offered(cls):
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert offered(BlankBank) == offered(ImageBank)
+    given = {name for name in vars(make_bank(*pictures(3))) if not name.startswith("_")}
+    assert given - {"mean", "std"} <= set(vars(blank_bank()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_blank_images_of_another_precision_and_shape(dtype):
+    blank = BlankBank(2, (1, 4, 7), padding=0, device=CPU, dtype=dtype)
+    (images,) = blank.plain(5)
+    assert images.shape == (2, 1, 4, 7) and images.dtype == dtype

@@ -18,7 +18,7 @@ from kdstudy.evaluate import logits_of
 from kdstudy.execute import Executor, open_ledger
 from kdstudy.few_samples import pruned_state
 from kdstudy.image_set import ImageSet, save_image_set
-from kdstudy.models import build_model
+from kdstudy.models import build_model, count_parameters
 from kdstudy.results import RESULT_COLUMNS
 from kdstudy.store import Store
 from kdstudy.tables import share_table
@@ -244,6 +244,7 @@ def test_a_data_set_that_was_not_made_is_named(folder):
 
 
 def test_tables_are_made_without_the_data(folder):
+    executor().run_stage("teacher")
     executor().run_stage("response")
     ledger = executor().ledger
     frame = ledger.frame(ledger.runs("stripes", "response"))
@@ -485,3 +486,160 @@ def test_a_settings_own_hyperparameters_come_before_its_grid(folder):
         write_params(tree)
         with pytest.raises(ValueError, match=message):
             executor()
+
+
+# peers, rows that teach rows, and what records say of them
+
+PEERS = {"peers.0", "peers.1"}
+
+
+@pytest.fixture
+def schemes(monkeypatch) -> list:
+    """The schemes that are trained from now on, as they are left."""
+    kept, run = [], Training.run
+
+    def spy(self):
+        kept.append(self.scheme)
+        return run(self)
+
+    monkeypatch.setattr(Training, "run", spy)
+    return kept
+
+
+def record_of(spec) -> dict:
+    return Store(Path("store"), Path("runs")).record(spec)
+
+
+def own_run(row: dict, **setting):
+    """The one final run of a row, and its record."""
+    write_params(taught({"own": row}, seeds=[0], **setting))
+    (spec,) = [spec for spec in executor().run_stage("response") if spec.row == "own"]
+    return spec, record_of(spec)
+
+
+def weights_in(network: str) -> int:
+    return count_parameters(build_model(network, classes=3, channels=1, image_size=(8, 12)))
+
+
+def test_a_record_counts_all_peers_and_scores_each(folder, schemes):
+    spec, record = own_run({"method": "mutual", "scheme": {"count": 3, "alternate": True}})
+    student = weights_in("wrn_10_0.25")
+    assert record["scheme"] == "peers" and record["deployed"] == "first peer" and record["partners"] == []
+    assert record["scheme_options"] == {
+        **{"count": 3, "together": False, "leader": False, "alternate": True, "batches": "shared"},
+        **{"burn_in": 0.0, "exchange_interval": 0, "shared_stages": 0},
+    }
+    assert record["network_epochs"] == 3 * 2 and len(record["history"]) == 2
+    assert record["trained_parameters"] == {f"peers.{number}": student for number in range(3)}
+    assert record["student_parameters"] == student
+    peers = schemes[-1].peers.eval()
+    (images,) = executor()._data.watched(0, spec.recipe)["test"].plain(30)
+    labels = torch.from_numpy(stripes().y_test)
+    answers = [peer(images).logits.softmax(dim=1) for peer in peers]
+    scored = dict(zip(("peer_0", "peer_1", "peer_2", "ensemble"), [*answers, sum(answers)], strict=True))
+    found = {name: 100 * (p.argmax(dim=1) == labels).double().mean().item() for name, p in scored.items()}
+    assert record["scores"]["test_accuracy"] == pytest.approx(found.pop("peer_0"), abs=1e-5)
+    assert record["further"] == pytest.approx(found, abs=1e-5)
+    deployed = executor()._teacher(spec).eval()
+    torch.testing.assert_close(deployed(images).logits, peers[0](images).logits, rtol=0, atol=0)
+
+
+def test_a_record_names_partners_and_their_sizes(folder):
+    spec, record = own_run({"method": "mutual", "partners": ["{teacher}", "wrn_10_0.5"]})
+    assert spec.partners == ("cnn_small", "wrn_10_0.5") and record["partners"] == ["cnn_small", "wrn_10_0.5"]
+    assert list(record["trained_parameters"].values()) == [
+        weights_in(name) for name in ("wrn_10_0.25", "cnn_small", "wrn_10_0.5")
+    ]
+    assert record["student_parameters"] == weights_in("wrn_10_0.25")
+    assert list(record["further"]) == ["peer_1", "peer_2", "ensemble"]
+
+
+@pytest.mark.parametrize(
+    ("row", "deployed", "network_epochs", "trained"),
+    [
+        ({"method": "ce"}, "student", 2, {"student"}),
+        ({"method": "ce", "length": 2}, "student", 4, {"student"}),
+        ({"method": "kd"}, "student", 2, {"student"}),
+        ({"method": "fitnets", "two_stage": True, "stage": 1}, "student", 1 + 2, {"student", "adapters"}),
+        ({"method": "factor_transfer"}, "student", 2, {"student", "adapters"}),  # the first phase trains no network
+        ({"method": "okddip", "scheme": {"count": 3, "leader": True}}, "leader", 6, {*PEERS, "peers.2", "adapters"}),
+        ({"method": "attention", "scheme": {"name": "peers"}}, "first peer", 4, PEERS),
+        ({"method": "fitnets", "stage": 1, "scheme": {"name": "peers"}}, "first peer", 2 + 4, {*PEERS, "adapters"}),
+    ],
+    ids=str,
+)
+def test_a_record_counts_the_epochs_of_every_network_and_phase(folder, row, deployed, network_epochs, trained):
+    networks = {"student": "cnn_small"} if row["method"] == "fitnets" else {"student": "wrn_10_1"}
+    _, record = own_run(row, **networks)
+    assert record["status"] == "finished" and record["deployed"] == deployed
+    assert record["network_epochs"] == network_epochs
+    assert set(record["trained_parameters"]) == trained
+    student = weights_in(networks["student"])
+    assert {count for name, count in record["trained_parameters"].items() if name != "adapters"} == {student}
+
+
+def test_what_is_solved_in_closed_form_trains_nothing(folder):
+    row = {"method": "few_sample", "network": "{teacher}_pruned0.5", "samples": 30}
+    _, record = own_run(row, teacher="wrn_10_0.25")
+    assert (record["network_epochs"], record["trained_parameters"], record["further"]) == (0, {}, {})
+
+
+def test_a_run_that_diverges_counts_the_epochs_that_it_took(folder):
+    _, record = own_run({"method": "mutual", "kd_weight": 1.0e38, "temperature": 10.0})
+    assert record["status"] == "diverged"
+    assert record["network_epochs"] == 2 * len(record["history"]) and record["further"] == {}
+
+
+def test_peers_that_are_weighed_train_without_the_held_out_images(folder, schemes):
+    spec, record = own_run({"method": "kdcl", "mode": "general"})
+    assert spec.held_out == record["held_out"] == 12 and "val_accuracy" in record["scores"]
+    assert schemes[-1].adapters["weights"].value.isfinite().all()
+    assert spec.teacher.held_out == 0
+
+
+def test_rows_teach_rows_and_every_run_is_made_once(folder, trained):
+    rows = {
+        "a_last": {"method": "born_again", "taught_by": {"row": "b_middle"}},
+        "b_middle": {"method": "born_again", "taught_by": {"row": "c_first"}},
+        "c_first": {"method": "ce"},
+    }
+    write_params(taught(rows, seeds=[0]))
+    specs = executor().run_stage("response")
+    assert [spec.row for spec in specs] == ["a_last", "b_middle", "c_first"]  # as they stand in the file
+    assert trained == ["CrossEntropy 0", "CrossEntropy 0", "BornAgain 0", "BornAgain 0"]
+    runs = {spec.row: record_of(spec) for spec in specs}
+    assert runs["a_last"]["teacher_run"] == runs["b_middle"]["run"]
+    assert runs["b_middle"]["teacher_run"] == runs["c_first"]["run"]
+    assert runs["a_last"]["scores"]["teacher_accuracy"] == runs["b_middle"]["scores"]["test_accuracy"]
+    assert {path.stem for path in Path("runs/quick/response/stripes").iterdir()} == {r["run"] for r in runs.values()}
+    trained.clear()
+    executor().run_stage("response")
+    assert trained == []
+    shutil.rmtree("store")  # a generation that is missing brings all before it
+    Path("runs/quick/response/stripes", f"{runs['a_last']['run']}.json").unlink()
+    executor().run_stage("response")
+    assert trained == ["CrossEntropy 0", "CrossEntropy 0", "BornAgain 0", "BornAgain 0"]
+
+
+def test_a_row_that_teaches_another_stages_row_is_published_with_its_own(folder):
+    tree = taught({"first": {"method": "ce"}}, seeds=[0])
+    tree["methods"]["later"] = {"next": {"method": "born_again", "taught_by": {"row": "first"}}}
+    write_params(tree)
+    (spec,) = executor().run_stage("later")
+    assert {path.stem for path in Path("runs/quick/later/stripes").iterdir()} == {spec.id}
+    assert not Path("runs/quick/response").exists()
+    (first,) = executor().run_stage("response")
+    assert spec.teacher == first
+
+
+@pytest.mark.parametrize(("held_out", "share"), [(0, 1.0), (12, 1.0), (0, 0.5), (12, 0.35)])
+def test_blank_images_are_as_many_and_as_large_as_those_for_training(folder, held_out, share):
+    made = executor()
+    recipe = made.ledger.planner.params.recipes["short"]
+    blank, images = made._data.blank(held_out, recipe, share), made._data.training(held_out, recipe, share)
+    assert (len(blank), blank.padding) == (len(images), images.padding)
+    pairs = list(zip(blank.plain(16), images.plain(16), strict=True))
+    for nothing, something in pairs:
+        assert (nothing.shape, nothing.dtype, nothing.device) == (something.shape, something.dtype, something.device)
+        assert not nothing.any() and something.any()
+    assert not blank.labels.any() and blank.labels.dtype == torch.int64

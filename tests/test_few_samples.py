@@ -111,7 +111,7 @@ def test_of_filters_that_are_partly_zero_the_others_are_kept(family):
     batch = images(4)
     student.load_state_dict(pruned_state(student, teacher))
     torch.testing.assert_close(student(batch).logits, teacher(batch).logits)
-    FewSample(ridge=0.0).initialise(student.train(), teacher, images(12).split(5))
+    FewSample(ridge=0.0).initialise(student.train(), teacher, images(12).split(5), nn.ModuleDict())
     torch.testing.assert_close(student.eval()(batch).logits, teacher(batch).logits)
 
 
@@ -122,7 +122,7 @@ def test_a_pruned_network_comes_nearer_to_its_teacher_which_stays_as_it_was(fami
     seen, unseen = images(200), images(50, seed=9)
     student.load_state_dict(pruned_state(student, teacher))
     pruned = [remaining(student, teacher, each) for each in (seen, unseen)]
-    FewSample().initialise(student, teacher, seen.split(64))
+    FewSample().initialise(student, teacher, seen.split(64), nn.ModuleDict())
     aligned = [remaining(student, teacher, each) for each in (seen, unseen)]
     assert aligned[0] < 0.6 * pruned[0] and aligned[1] < 0.6 * pruned[1]
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
@@ -133,7 +133,7 @@ def test_each_block_is_the_best_that_its_branch_can_give_on_top_of_the_aligned_o
     """What is left of the teacher's sum is orthogonal to every channel that the student's branch adds."""
     teacher, student = network(family), network(f"{family}_pruned0.5", seed=1)
     batch = images(120)  # more than are looked at in one go
-    FewSample(ridge=0.0).initialise(student, teacher, [batch])
+    FewSample(ridge=0.0).initialise(student, teacher, [batch], nn.ModuleDict())
     ours, theirs = (net.stem(Taps(batch, batch, batch)) for net in (student, teacher))
     for stage, model in zip(student.stages, teacher.stages, strict=True):
         for block, expected in zip(stage, model, strict=True):
@@ -150,7 +150,7 @@ def test_each_block_is_the_best_that_its_branch_can_give_on_top_of_the_aligned_o
 @pytest.mark.parametrize("count", [1, 3])
 def test_very_few_images_give_a_finite_student(count):
     teacher, student = network("wrn_16_1"), network("wrn_16_1_pruned0.5", seed=1)
-    FewSample(samples=count).initialise(student, teacher, [images(8)])
+    FewSample(samples=count).initialise(student, teacher, [images(8)], nn.ModuleDict())
     assert student(images(4)).logits.isfinite().all()
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from batches import oracles
 from test_methods import toy_bank
 from torch import Tensor, nn
@@ -25,14 +26,7 @@ def build(name: str, size: int | tuple[int, int] = 8, seed: int = 0) -> nn.Modul
 
 
 def unsettled(network: nn.Module) -> nn.Module:
-    """The network in eval mode, with batch norms that are no longer the identity."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
-            for tensor in (module.bias, module.running_mean):
-                nn.init.normal_(tensor, std=0.3)
-    return network.eval()
+    return toy.unsettled(network).eval()
 
 
 def images(count: int = 3, size: tuple[int, int] = (8, 8)) -> Tensor:

@@ -1,21 +1,17 @@
 """What notebooks show of networks' insides is what the trained networks have there."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from staged import study
 from torch import Tensor
 
 from kdstudy import answers, figures, insides, lesson
 from kdstudy.adapters import paired_maps
 from kdstudy.checkpoint import BadFile
 from kdstudy.core import View
-from kdstudy.device import data_path
-from kdstudy.execute import Executor, open_ledger
-from kdstudy.image_set import ImageSet, save_image_set
 from kdstudy.insides import Looks
 from kdstudy.results import Ledger
 from kdstudy.store import Store
@@ -23,43 +19,19 @@ from kdstudy.store import Store
 CPU = torch.device("cpu")
 COUNT = 450  # more than two batches
 TAUGHT_BY_HEADS = {"taught_by": {"method": "heads", "network": "{teacher}+heads"}}
-TREE = {
-    "profiles": {"quick": {"device": "cpu", "threads": 1, "workers": 1}},
-    "datasets": {"mine": {"source": "npz", "validation": 12}},
-    "recipes": {
-        "short": {
-            **{"epochs": 2, "batch": 16, "learning_rate": 0.05, "milestones": [1]},
-            **{"crop_padding": 1, "flip": True, "precision": "fp32"},
-        }
+METHODS = {
+    "response": {"ce": {}, "kd": {}, "spherical": {}},
+    "feature": {
+        **{"attention": {}, "reused_classifier": {}, "crd": {}},
+        "heads_v2": {"method": "relative_heads", "edit": "relative_v2", **TAUGHT_BY_HEADS},
     },
-    "settings": {
-        "mine": {
-            **{"profile": "quick", "dataset": "mine", "teacher": "wrn_10_0.5", "student": "wrn_10_0.25"},
-            **{"recipe": "short", "seeds": [0, 1], "without": ["crd"]},
-        }
-    },
-    "methods": {
-        "response": {"ce": {}, "kd": {}, "spherical": {}},
-        "feature": {
-            **{"attention": {}, "reused_classifier": {}, "crd": {}},
-            "heads_v2": {"method": "relative_heads", "edit": "relative_v2", **TAUGHT_BY_HEADS},
-        },
-    },
-    "grids": {},
 }
 
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory) -> Ledger:
     folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("KDSTUDY_DEVICE", raising=False)
-        Path("params.yaml").write_text(yaml.safe_dump(TREE))
-        generator = np.random.default_rng(0)
-        pixels = generator.integers(0, 256, (60, 8, 8, 1), np.uint8)
-        save_image_set(ImageSet("mine", pixels, np.arange(60) % 3, pixels[:30], np.arange(30) % 3), data_path("mine"))
-        executor = Executor(open_ledger(store=Store(Path("store"), Path("runs"))), "mine")
+    with study(folder, "wrn_10_0.5", "wrn_10_0.25", METHODS, without=["crd"]) as executor:
         executor.run_stage("teacher")
         executor.make_chosen("response", ["ce", "kd"], seeds=[0])
         executor.make_chosen("feature", seeds=[0])

@@ -31,17 +31,22 @@ OTHER_TEACHERS: dict[str, str | int] = {
     "relative_heads": "wrn_10_0.5+heads",
     "few_sample": "wrn_10_0.5",
     "fsp": "resnet14x0.25",
+    "quantised": "wrn_10_0.25",
+    "soft_tree": "tree_4",
 }
 OTHER_STUDENTS: dict[str, str] = {
     "heads": "wrn_10_0.5+heads",  # the teacher itself, with heads
     "fitnets": "cnn_small",  # a wide ResNet's guided stage ends in a batch norm that the hint phase cannot train
     "few_sample": "wrn_10_0.5_pruned0.5",  # the teacher itself, with half as many channels inside its blocks
+    "quantised": "wrn_10_0.25_int8",  # the teacher itself, on grids
+    "soft_tree": "tree_3",
     "fsp": "resnet8x0.25",  # as wide as its teacher; a wide ResNet's last batch norm lies behind the last map
 }
 # the loss of these is zero for a student that equals its teacher, and nothing they train stands in between
 ZERO_FOR_EQUALS = {
     "few_sample",
     "kd",
+    "soft_tree",
     "born_again",
     "teacher_free_self",
     "logit_mimic",

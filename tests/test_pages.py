@@ -9,7 +9,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 from kdstudy import pages
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("8_tables", "2_response_cifar100_wrn_16_1", "2_response_cifar10_wrn_16_1", "1_teacher_cifar100_wrn_16_1")
+NAMES = ("11_tables", "2_response_cifar100_wrn_16_1", "2_response_cifar10_wrn_16_1", "1_teacher_cifar100_wrn_16_1")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def write_notebooks(folder: Path, names: tuple[str, ...]) -> None:
 def test_stages_by_number_settings_as_in_params_failures_left_out(folder):
     write_notebooks(Path("reports/thesis/notebooks"), (*NAMES, "1_teacher_cifar100_wrn_16_1.failed"))
     page = pages.report_profile("thesis").read_text()
-    order = ["1_teacher_cifar100_wrn_16_1", "2_response_cifar10_wrn_16_1", "2_response_cifar100_wrn_16_1", "8_tables"]
+    order = ["1_teacher_cifar100_wrn_16_1", "2_response_cifar10_wrn_16_1", "2_response_cifar100_wrn_16_1", "11_tables"]
     places = [page.rindex(f"chapter {name}<") for name in order]
     assert places == sorted(places)
     assert "failed" not in page

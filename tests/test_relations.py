@@ -1,54 +1,26 @@
 """Relations shown of trained networks are those that the networks have, held against their own teachers."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from staged import study
 
 from kdstudy import answers, lesson, relations
 from kdstudy.core import View
-from kdstudy.device import data_path
-from kdstudy.execute import Executor, open_ledger
-from kdstudy.image_set import ImageSet, save_image_set
+from kdstudy.image_set import ImageSet
 from kdstudy.results import Ledger
-from kdstudy.store import Store
 from kdstudy.study import RunSpec
 
 CPU = torch.device("cpu")
-LABELS = np.arange(30) % 3
-TREE = {
-    "profiles": {"quick": {"device": "cpu", "threads": 1, "workers": 1}},
-    "datasets": {"mine": {"source": "npz", "validation": 12}},
-    "recipes": {
-        "short": {
-            **{"epochs": 1, "batch": 16, "learning_rate": 0.05, "milestones": []},
-            **{"crop_padding": 1, "flip": False, "precision": "fp32"},
-        }
-    },
-    "settings": {
-        "mine": {
-            **{"profile": "quick", "dataset": "mine", "teacher": "resnet14x0.25", "student": "resnet8x0.25"},
-            **{"recipe": "short", "seeds": [0, 1]},
-        }
-    },
-    "methods": {"response": {"ce": {}, "kd": {}}, "relation": {"fsp": {}, "similarity": {}}},
-    "grids": {},
-}
+METHODS = {"response": {"ce": {}, "kd": {}}, "relation": {"fsp": {}, "similarity": {}}}
 
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory) -> Ledger:
     """Teachers and CE students of two seeds, similarity preserving of the second alone, FSP of the first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("study"))
-        patch.delenv("KDSTUDY_DEVICE", raising=False)
-        Path("params.yaml").write_text(yaml.safe_dump(TREE))
-        pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
-        save_image_set(ImageSet("mine", pixels, np.arange(60) % 3, pixels[30:], LABELS), data_path("mine"))
-        executor = Executor(open_ledger(store=Store(Path("store"), Path("runs"))), "mine")
+    with study(tmp_path_factory.mktemp("study"), "resnet14x0.25", "resnet8x0.25", METHODS) as executor:
         executor.make_chosen("response", ["ce"])
         executor.make_chosen("relation", ["similarity"], seeds=[1])
         executor.make_chosen("relation", ["fsp"], seeds=[0])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from batches import TOLERANCE, oracles
 from staged import EPOCHS, batch, below, changed, modes_in_a_run, network, run, scheme_for, state, teacher_of, view
 from torch import nn
-from toy import make_bank, make_recipe, pictures, run_session
+from toy import ends_alike_if_stopped, make_bank, pictures
 
 from kdstudy.checkpoint import load_weights, save_weights
 from kdstudy.core import View
@@ -180,14 +180,7 @@ def test_public_defect_a_student_in_eval_mode_from_the_second_epoch():
 
 
 def test_a_run_stopped_anywhere_ends_as_one_that_is_not(tmp_path):
-    recipe = make_recipe(epochs=2, milestones=())
-    whole = run_session(scheme_for(ReusedClassifier()), recipe)
-    for step in (1, 5):
-        path = tmp_path / f"{step}.pt"
-        assert run_session(scheme_for(ReusedClassifier()), recipe, path, stop_after=step).stopped
-        resumed = run_session(scheme_for(ReusedClassifier()), recipe, path)
-        assert resumed.history == whole.history
-        assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
+    ends_alike_if_stopped(lambda: scheme_for(ReusedClassifier()), (1, 5), tmp_path)
 
 
 def test_networks_that_do_not_fit_are_refused():

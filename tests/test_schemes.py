@@ -28,7 +28,20 @@ from kdstudy.core import Clock, Method, Phase, View, without_decay
 from kdstudy.evaluate import logits_of
 from kdstudy.models import build_model
 from kdstudy.response import SphericalKD, VanillaKD
-from kdstudy.schemes import Alone, Batch, Offline, count_correct, look, untracked
+from kdstudy.schemes import (
+    Alone,
+    Batch,
+    Cast,
+    Committee,
+    NoOptions,
+    Offline,
+    SelfTaught,
+    Turn,
+    count_correct,
+    look,
+    sample_batch,
+    untracked,
+)
 
 ALL_TAPS = ("logits", "stem", "maps", "pre_maps", "embedding")
 
@@ -356,3 +369,96 @@ def test_an_untracked_norm_answers_as_the_usual_one_and_keeps_nothing():
     assert torch.equal(norm.running_mean, usual.running_mean) and norm.num_batches_tracked == 1
     with untracked(norm.eval()):
         torch.testing.assert_close(norm(x), usual.eval()(x), rtol=0, atol=0)
+
+
+# beginnings, costs, and schemes without a teacher of their own
+
+
+def a_cast(*teachers, build=None) -> Cast:
+    return Cast(build or (lambda name: tiny_net(0)), "student", teachers=teachers)
+
+
+def test_a_cast_gives_its_one_teacher_or_all_as_one():
+    with pytest.raises(ValueError, match="this scheme needs a trained teacher, and the run has none"):
+        a_cast().teacher()
+    first, second = tiny_teacher(), tiny_net(8)
+    assert a_cast(first).teacher() is first
+    together = a_cast(first, second).teacher().eval()
+    images = a_batch().images
+    mean = (first.eval()(images).logits.softmax(dim=1) + second.eval()(images).logits.softmax(dim=1)) / 2
+    torch.testing.assert_close(together(images).logits.exp(), mean, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cast_builds_the_student_by_its_name_and_each_time_anew():
+    asked = []
+    cast = a_cast(build=lambda name: asked.append(name) or tiny_net(len(asked)))
+    assert not torch.equal(cast.student().stem.weight, cast.student().stem.weight)
+    assert asked == ["student", "student"]
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 100])
+def test_a_sample_is_of_the_first_plain_images(size):
+    bank = make_bank(*pictures(6), padding=2)
+    sample = sample_batch(bank, size)
+    count = min(size, 6)
+    assert torch.equal(sample.images, next(bank.plain(6))[:count]) and torch.equal(sample.strong, sample.images)
+    assert torch.equal(sample.labels, bank.labels[:count]) and sample.indices.tolist() == list(range(count))
+    assert torch.equal(sample.census, bank.labels) and sample.others == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "networks"),
+    [
+        (("student", "adapters"), ["student"]),
+        (("student.stem", "student.stages.0", "adapters.regressor"), ["student"]),
+        (("adapters.regressor",), []),
+        (("peers.0", "peers.1.stages.2", "peers.1.stem", "adapters.0_1"), ["peers.0", "peers.1"]),
+        (("generator", "student"), ["generator", "student"]),
+        (("peers.10", "peers.1"), ["peers.10", "peers.1"]),
+    ],
+)
+def test_networks_that_are_trained_are_told_from_their_parts_and_from_adapters(names, networks):
+    assert make_scheme(Plain()).trained_networks(names) == networks
+
+
+def test_a_phase_costs_a_pass_for_every_step_and_network():
+    scheme = make_scheme(Plain())
+    turns = (Turn("one", ("generator",), times=3), Turn("two", ("student", "adapters", "peers.1", "peers.1.stem")))
+    scheme.turns = lambda phase: turns
+    assert scheme.passes(scheme.phases()[0]) == 3 + 2
+    assert make_scheme(VanillaKD()).passes(make_scheme(VanillaKD()).phases()[0]) == 1
+
+
+def test_a_network_that_teaches_itself_is_one_alone_of_another_family():
+    spy = spying_on("logits", "maps")
+    scheme = SelfTaught.assemble(a_cast(), spy, a_batch(), NoOptions())
+    assert (SelfTaught.family, SelfTaught.needs_teacher, scheme.role) == ("self", False, "student")
+    terms = step(scheme, scheme.phases()[0])
+    student, teacher = spy.seen[-1]
+    assert torch.equal(student.maps[0], teacher.maps[0]) and not teacher.maps[0].requires_grad
+    assert terms["kd"].item() == 0 and scheme.deployed is scheme.student
+
+
+def test_a_committee_answers_with_the_mean_of_probabilities_and_is_not_trained():
+    networks = [tiny_teacher(), tiny_net(8), tiny_net(9)]
+    before = [clone(network.state_dict()) for network in networks]
+    scheme = Committee.assemble(a_cast(*networks), VanillaKD(), a_batch(), NoOptions())
+    assert make_training(scheme, make_recipe()).run() == [] and scheme.phases() == ()
+    assert [difference(clone(n.state_dict()), b) for n, b in zip(networks, before, strict=True)] == [None] * 3
+    images = a_batch().images
+    mean = sum(network.eval()(images).logits.softmax(dim=1) for network in networks) / 3
+    torch.testing.assert_close(scheme.deployed.eval()(images).logits.exp(), mean, rtol=1e-12, atol=1e-12)
+    assert scheme.role == "committee" and scheme.further() == {}
+    with pytest.raises(RuntimeError, match="not trained"):
+        scheme.losses(None, None, a_batch(), None)
+
+
+def test_a_look_that_fails_leaves_batch_norms_tracking():
+    norm = nn.BatchNorm2d(2)
+    with pytest.raises(ZeroDivisionError), untracked(nn.Sequential(norm), norm):
+        raise ZeroDivisionError
+    assert norm.track_running_stats
+    never = nn.BatchNorm2d(2, track_running_stats=False)
+    with untracked(never):
+        pass
+    assert not never.track_running_stats

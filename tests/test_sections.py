@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from batches import TOLERANCE, batch_a, oracles, total_of
 from torch import Tensor, nn
-from toy import CLASSES, clone, difference, make_recipe, make_scheme, make_training, run_session
+from toy import (
+    CLASSES,
+    clone,
+    difference,
+    ends_alike_if_stopped,
+    make_recipe,
+    make_scheme,
+    make_training,
+    unsettled,
+)
 
 from kdstudy.core import Clock, View
 from kdstudy.models import build_model
@@ -29,14 +38,7 @@ every_run = pytest.mark.parametrize("run", NETWORKS)
 def network(name: str, seed: int = 0, size: int | tuple[int, int] = (6, 5), classes: int = CLASSES) -> nn.Module:
     """A float64 network in eval mode whose batch norms are no longer the identity."""
     torch.manual_seed(seed)
-    built = build_model(name, classes=classes, image_size=size).double().eval()
-    for module in built.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
-            for tensor in (module.bias, module.running_mean):
-                nn.init.normal_(tensor, std=0.3)
-    return built
+    return unsettled(build_model(name, classes=classes, image_size=size).double().eval())
 
 
 def batch(size: int | tuple[int, int] = (6, 5)) -> Batch:
@@ -109,13 +111,7 @@ def test_the_student_trains_in_train_mode_in_every_epoch(run):
 
 @every_run
 def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path):
-    recipe = make_recipe()
-    whole = run_session(scheme_of(run), recipe)
-    for stop in (1, 4, whole.steps - 1):
-        checkpoint = tmp_path / f"{stop}.pt"
-        assert run_session(scheme_of(run), recipe, checkpoint, stop_after=stop).stopped
-        resumed = run_session(scheme_of(run), recipe, checkpoint)
-        assert difference(resumed.state, whole.state) is None and resumed.history == whole.history
+    ends_alike_if_stopped(lambda: scheme_of(run), (1, 4, -1), tmp_path)
 
 
 @pytest.mark.parametrize("method", [AdaIN(), JointRD(margin_weight=0)], ids=str)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import OTHER_STUDENTS, OTHER_TEACHERS
+from test_methods import HYPERPARAMETERS, OPTIONS, OTHER_STUDENTS, OTHER_TEACHERS, PARTNERS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import (
@@ -27,6 +28,7 @@ from toy import (
     clone,
     difference,
     gpu,
+    images_seen,
     keras_epochs,
     make_bank,
     make_recipe,
@@ -43,7 +45,7 @@ from kdstudy.core import Phase
 from kdstudy.data import Draws
 from kdstudy.models import Ensemble, build_model
 from kdstudy.response import SphericalKD, VanillaKD
-from kdstudy.schemes import Batch, Losses, Scheme, Turn
+from kdstudy.schemes import Cast, Losses, Scheme, Turn, sample_batch
 from kdstudy.study import METHODS, SCHEMES, scheme_of
 from kdstudy.train import Diverged, Stopped, Training
 
@@ -365,25 +367,12 @@ def test_same_seed_same_result_and_another_seed_another():
     assert difference(outcome(1)["state"], outcome(2)["state"])
 
 
-def images_seen(method, seed: int = 3) -> list[Tensor]:
-    """What the student is shown in train mode, step by step."""
-    scheme, seen = make_scheme(method, seed=seed), []
-
-    def note(network, arguments):
-        if network.training:
-            seen.append(arguments[0].clone())
-
-    scheme.student.register_forward_pre_hook(note)
-    make_training(scheme, make_recipe(), seed=seed).run()
-    return seen
-
-
 def test_runs_of_one_seed_see_the_same_images_whatever_the_method():
-    wanted = images_seen(Plain())
+    wanted = images_seen(make_scheme(Plain()))
     assert len(wanted) == 9
     for method in (VanillaKD(), SphericalKD(), TwoPhases()):
-        assert difference(images_seen(method), wanted) is None
-    assert not torch.equal(wanted[0], images_seen(Plain(), seed=4)[0])
+        assert difference(images_seen(make_scheme(method)), wanted) is None
+    assert not torch.equal(wanted[0], images_seen(make_scheme(Plain()), seed=4)[0])
 
 
 def test_the_last_phase_has_stream_0_and_earlier_ones_their_own():
@@ -475,6 +464,304 @@ def test_turns_are_taken_in_order_and_each_trains_its_own_modules(tmp_path):
     assert difference(resumed.outcome, session.outcome) is None
 
 
+class Duel(TakingTurns):
+    """As above, with turns of several steps and of another recipe; notes what the loop tells it."""
+
+    def __init__(self, turns, bank=None):
+        super().__init__()
+        self._turns, self._own_bank, self.told = turns, bank, []
+
+    def turns(self, phase):
+        return self._turns
+
+    def bank(self, phase, bank):
+        return self._own_bank or bank
+
+    def begin_epoch(self, epoch, epochs, held_out):
+        self.told.append(("epoch", epoch, epochs, held_out))
+
+    def begin_step(self, step):
+        self.told.append(("step", step))
+
+
+class AdamByHand:
+    """Kingma & Ba 2015 with weight decay as part of the gradient, one number after another's formula."""
+
+    def __init__(self, parameters, weight_decay):
+        self.parameters, self.weight_decay = list(parameters), weight_decay
+        self.forget()
+
+    def forget(self):
+        self.count = 0
+        self.means = [[torch.zeros_like(p) for p in self.parameters] for _ in range(2)]
+
+    @torch.no_grad()
+    def step(self, rate):
+        self.count += 1
+        for place, p in enumerate(self.parameters):
+            g = p.grad + self.weight_decay * p
+            m, v = (means[place] for means in self.means)
+            m.copy_(0.9 * m + 0.1 * g)
+            v.copy_(0.999 * v + 0.001 * g * g)
+            p -= rate * (m / (1 - 0.9**self.count)) / ((v / (1 - 0.999**self.count)).sqrt() + 1e-8)
+
+
+class MomentumByHand:
+    def __init__(self, parameters, weight_decay):
+        self.parameters, self.weight_decay = list(parameters), weight_decay
+        self.forget()
+
+    def forget(self):
+        self.momenta = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, rate):
+        for p, momentum in zip(self.parameters, self.momenta, strict=True):
+            momentum.copy_(0.9 * momentum + p.grad + self.weight_decay * p)
+            p -= rate * momentum
+
+
+def shorten(parameters, clip):
+    """By hand: all gradients together are no longer than `clip`."""
+    length = math.sqrt(sum(p.grad.square().sum().item() for p in parameters))
+    if clip and length > clip:
+        for p in parameters:
+            p.grad *= clip / (length + 1e-6)
+    return length
+
+
+SGD_COSINE = {"schedule": "cosine", "epochs": 4, "milestones": ()}
+DUELS = {
+    "several adam steps": ((3, {"optimiser": "adam", "learning_rate": 0.02, "weight_decay": 0.0}, False), {}),
+    "adam that forgets": ((3, {"optimiser": "adam", "learning_rate": 0.02}, True), {}),
+    "momentum that is forgotten": ((2, {"learning_rate": 0.05}, True), {}),
+    "cosine": ((1, {}, False), SGD_COSINE),
+    "cosine in cycles": ((1, {}, False), SGD_COSINE | {"cycles": 2}),
+    "clipped": ((2, {"clip": 0.8}, False), {"clip": 0.3}),
+    "one turn's own schedule": ((1, {"schedule": "constant", "learning_rate": 0.1}, False), SGD_COSINE),
+}
+
+
+def duel(name, **options):
+    (times, own, fresh), changes = DUELS[name]
+    turns = Turn("left", ("left",), times=times, recipe=own, fresh=fresh), Turn("right", ("right",))
+    return Duel(turns, **options), make_recipe(**{"epochs": 2, "milestones": (1,)} | changes)
+
+
+def rate_by_hand(recipe, epoch, step):
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    if recipe.schedule == "cosine":
+        length = recipe.epochs / recipe.cycles
+        done = (epoch % length + step / 3) / length
+        return recipe.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return recipe.learning_rate * (0.2 if epoch >= 1 else 1)
+
+
+@pytest.mark.parametrize("name", DUELS)
+def test_turns_with_a_recipe_several_steps_and_a_short_memory_are_a_plain_loop(name):
+    scheme, recipe = duel(name)
+    (times, own, fresh), _ = DUELS[name]
+    session = run_session(scheme, recipe, seed=6)
+    peers = TakingTurns().train()
+    recipes = {"left": replace(recipe, **own), "right": recipe}
+    kinds = {"adam": AdamByHand, "sgd": MomentumByHand}
+    optimisers = {
+        each: kinds[chosen.optimiser](peers.get_submodule(each).parameters(), chosen.weight_decay)
+        for each, chosen in recipes.items()
+    }
+    draws = Draws.make(seed=6, stream=0, epochs=recipe.epochs, images=IMAGES, padding=PADDING, flip=True, device=CPU)
+    bank, lengths, last = make_bank(*pictures(), padding=PADDING), [], {}
+    for epoch in range(recipe.epochs):
+        last = {"left": 0.0, "right": 0.0}
+        for step, start in enumerate(range(0, IMAGES, 8)):
+            index, shift, flip = draws.batch(epoch, start, min(start + 8, IMAGES))
+            images, labels = bank.augmented(index, shift, flip), bank.labels[index]
+            for each, optimiser in optimisers.items():
+                if each == "left" and fresh:
+                    optimiser.forget()
+                for _ in range(times if each == "left" else 1):
+                    logits = {other: peers.get_submodule(other)(images).logits for other in peers.names}
+                    (other,) = set(peers.names) - {each}
+                    peers.zero_grad()
+                    loss = peers.objective(logits[each], logits[other], labels, None)
+                    loss.backward()
+                    lengths.append(shorten(optimiser.parameters, recipes[each].clip))
+                    optimiser.step(rate_by_hand(recipes[each], epoch, step))
+                last[each] += loss.item() * len(index) / IMAGES  # that of the last step of a turn
+    torch.testing.assert_close(session.state, clone(peers.state_dict()), rtol=1e-8, atol=1e-10)
+    assert {each: session.history[-1][each] for each in last} == pytest.approx(last, rel=1e-7)
+    if recipe.clip:
+        assert min(lengths) < 0.8 < max(lengths)
+
+
+@pytest.mark.parametrize("name", ["adam that forgets", "cosine in cycles", "several adam steps", "clipped"])
+def test_turns_are_stopped_and_resumed_at_any_step(name, tmp_path):
+    scheme, recipe = duel(name)
+    whole = run_session(scheme, recipe, seed=6)
+    for stop in range(1, whole.steps + 1):
+        checkpoint = tmp_path / f"{stop}.pt"
+        first = run_session(duel(name)[0], recipe, checkpoint, seed=6, stop_after=stop)
+        second = run_session(duel(name)[0], recipe, checkpoint, seed=6)
+        assert first.stopped and first.steps + second.steps == whole.steps
+        outcome = second.outcome | {"momentum": first.momentum | second.momentum}
+        assert difference(outcome, whole.outcome) is None, f"stopped after step {stop}"
+
+
+def test_a_turn_computes_no_gradient_for_what_it_does_not_train():
+    scheme, recipe = duel("cosine")
+    touched, turn_of = [], []
+    for each in scheme.names:
+        for parameter in scheme.get_submodule(each).parameters():
+            parameter.register_hook(lambda gradient, each=each: touched.append((turn_of[-1], each)))
+    losses = scheme.losses
+    scheme.losses = lambda phase, turn, *rest: turn_of.append(turn.name) or losses(phase, turn, *rest)
+    make_training(scheme, recipe).run()
+    assert set(touched) == {("left", "left"), ("right", "right")}
+
+
+@pytest.mark.parametrize("stop", [None, 1, 3, 4, 5])
+def test_a_scheme_is_told_of_every_epoch_and_step_once(stop, tmp_path):
+    scheme, recipe = duel("several adam steps")
+    if stop:
+        session = run_session(scheme, recipe, tmp_path / "checkpoint.pt", stop_after=stop)
+        assert session.stopped
+        told = scheme.told
+        scheme, _ = duel("several adam steps")
+        run_session(scheme, recipe, tmp_path / "checkpoint.pt")
+        told += scheme.told
+    else:
+        run_session(scheme, recipe)
+        told = scheme.told
+    assert [entry[:3] for entry in told] == [
+        *(("epoch", 0, 2), ("step", 0), ("step", 1), ("step", 2)),
+        *(("epoch", 1, 2), ("step", 3), ("step", 4), ("step", 5)),
+    ]
+    (held_out,) = {len(entry[3]) for entry in told if entry[0] == "epoch"}
+    assert held_out == 40
+
+
+def test_without_held_out_images_the_scheme_is_given_none():
+    scheme, recipe = duel("cosine")
+    Training(scheme, recipe, make_bank(*pictures(), padding=PADDING), seed=0, watch={}).run()
+    assert {entry[3] for entry in scheme.told if entry[0] == "epoch"} == {None}
+
+
+def test_a_phase_is_trained_on_the_images_that_the_scheme_names():
+    own = make_bank(*pictures(10, seed=8), padding=PADDING)
+    scheme, recipe = duel("cosine", bank=own)
+    seen, found, losses = [], [], scheme.losses
+
+    def note(phase, turn, batch, half):
+        answer = losses(phase, turn, batch, half)
+        seen.append(batch)
+        found.append(len(batch.labels) * next(iter(answer.terms.values())).item())
+        return answer
+
+    scheme.losses = note
+    history = make_training(scheme, recipe, seed=6).run()
+    left = seen[::2]
+    assert [len(batch.labels) for batch in left] == [8, 2] * 4
+    draws = Draws.make(seed=6, stream=0, epochs=4, images=10, padding=PADDING, flip=True, device=CPU)
+    for number, batch in enumerate(left):
+        place = (number // 2, 8 * (number % 2), 8 * (number % 2) + len(batch.labels))
+        index, shift, flip = draws.batch(*place)
+        assert torch.equal(batch.images, own.augmented(index, shift, flip))
+        assert torch.equal(batch.labels, own.labels[index])
+    for epoch, row in enumerate(history):  # means are over these images
+        assert row["left"] == pytest.approx((found[4 * epoch] + found[4 * epoch + 2]) / 10, rel=1e-12)
+    assert len(scheme.told) == 4 + 8
+
+
+def test_under_the_plateau_schedule_a_turn_keeps_its_own_pace():
+    turns = (
+        Turn("left", ("left",)),
+        Turn("right", ("right",), recipe={"optimiser": "adam", "learning_rate": 0.002}),
+        Turn("third", ("right",), recipe={"schedule": "constant", "learning_rate": 0.004}),
+    )
+    scheme = Duel(turns)
+    scheme.losses = lambda phase, turn, batch, half: TakingTurns.losses(
+        scheme, phase, turn if turn.name != "third" else turns[1], batch, half
+    )
+    rates = []
+
+    def note(done, text):
+        rates.append([training._optimisers[turn.name].param_groups[0]["lr"] for turn in turns])
+
+    training = make_training(scheme, make_recipe(**PLATEAU | {"epochs": 40}), on_step=note)
+    history = training.run()
+    expected = keras_epochs([row["held_out_accuracy"] for row in history], 0.2, 0.5, 2, 3)
+    assert len(set(expected)) > 1
+    assert [row["learning_rate"] for row in history] == expected
+    for number, (left, right, third) in enumerate(rates):
+        assert left == expected[number // 3]
+        assert right == pytest.approx(left / 100) and third == 0.004
+
+
+@pytest.mark.parametrize("times", [0, -1, 1.5, True])
+def test_a_turn_of_no_steps_is_refused(times):
+    with pytest.raises(ValueError, match="times must be a whole number of at least 1"):
+        Turn("one", ("student",), times=times)
+
+
+def test_a_turns_recipe_that_does_not_fit_is_refused_before_training():
+    for wrong, message in (({"batch": 23}, "batch must be at most"), ({"optimiser": "adamw"}, "optimiser must be one")):
+        with pytest.raises(ValueError, match=message):
+            make_training(Duel((Turn("left", ("left",), recipe=wrong),)), make_recipe())
+
+
+class Crowd(TakingTurns):
+    """Notes the batches that it is given; has three."""
+
+    batches = 3
+
+    def __init__(self, own_images, strong=False):
+        super().__init__()
+        self.own_images, self.wants_strong, self.seen = own_images, strong, []
+
+    def losses(self, phase, turn, batch, half):
+        if turn.name == "left":
+            self.seen.append(batch)
+        return super().losses(phase, turn, batch, half)
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("own_images", [False, True])
+def test_several_batches_are_of_the_same_images_or_of_others(own_images, strong):
+    scheme = Crowd(own_images, strong)
+    make_training(scheme, make_recipe(epochs=2, milestones=()), seed=6).run()
+    plain = Crowd(own_images)
+    plain.batches = 1
+    make_training(plain, make_recipe(epochs=2, milestones=()), seed=6).run()
+    assert len(scheme.seen) == 6
+    for batch, alone in zip(scheme.seen, plain.seen, strict=True):
+        assert alone.others == () and len(batch.others) == 2
+        assert torch.equal(batch.images, alone.images) and torch.equal(batch.labels, alone.labels)
+        bank = make_bank(*pictures())
+        for other in batch.others:
+            assert torch.equal(other.indices, batch.indices) != own_images
+            assert torch.equal(other.labels, bank.labels[other.indices])
+            assert not torch.equal(other.images, batch.images)
+            assert (other.strong is not None) == strong and other.others == ()
+            assert not strong or not torch.equal(other.strong, batch.strong)
+        assert not torch.equal(batch.others[0].images, batch.others[1].images)
+    if own_images:  # each sees every image once an epoch
+        for number in range(2):
+            seen = torch.cat([batch.others[number].indices for batch in scheme.seen[:3]])
+            assert sorted(seen.tolist()) == list(range(IMAGES))
+
+
+@gpu
+@pytest.mark.parametrize("name", DUELS)
+def test_turns_on_a_gpu_are_those_on_the_cpu(name):
+    sessions = []
+    with torch.backends.cudnn.flags(enabled=False):
+        for device in (CPU, torch.device("cuda")):
+            scheme, recipe = duel(name)
+            sessions.append(run_session(scheme.to(device), recipe, device=device, seed=6))
+    torch.testing.assert_close(*(session.state for session in sessions), rtol=1e-7, atol=1e-9)
+
+
 def test_progress_is_told_in_epochs_over_all_phases():
     told = []
     make_training(make_scheme(TwoPhases()), make_recipe(), on_step=lambda *progress: told.append(progress)).run()
@@ -558,14 +845,16 @@ def studys_network(wanted: str | int) -> nn.Module:
 def studys_scheme(key: str, device=CPU):
     """A method of the study on two of its networks, on 8 x 8 images."""
     torch.manual_seed(0)
-    names = OTHER_STUDENTS.get(key, "wrn_10_0.25"), OTHER_TEACHERS.get(key, "cnn_small")
-    networks = [studys_network(name).to(device) for name in names]
-    method = (METHODS | METHODS_OF_TESTS)[key]()
+    method = (METHODS | METHODS_OF_TESTS)[key](**HYPERPARAMETERS.get(key, {}))
+    cls = SCHEMES[scheme_of(type(method))]
+    teachers = [studys_network(OTHER_TEACHERS.get(key, "cnn_small")).to(device)] if cls.needs_teacher else []
     bank = make_bank(*pictures(size=(8, 8)), dtype=torch.float32, device=device)
-    images = next(bank.plain(8))
-    sample = Batch(images, bank.labels[:8], torch.arange(8, device=device), images, bank.labels)
-    scheme = scheme_of(type(method))
-    return SCHEMES[scheme](*(networks if method.needs_teacher else networks[:1]), method, sample)
+
+    def build(name: str) -> nn.Module:
+        return studys_network(name).to(device)
+
+    cast = Cast(build, OTHER_STUDENTS.get(key, "wrn_10_0.25"), PARTNERS.get(key, ()), teachers)
+    return cls.assemble(cast, method, sample_batch(bank, 8), cls.options(**OPTIONS.get(key, {})))
 
 
 @pytest.mark.parametrize("key", METHODS | METHODS_OF_TESTS)
@@ -578,7 +867,9 @@ def test_nothing_in_an_epoch_waits_for_the_device(key, monkeypatch):
         epochs.append(self.position.epoch)
 
     monkeypatch.setattr(Training, "_run_epoch", guarded)
-    training = make_training(studys_scheme(key), make_recipe(precision="bf16", epochs=1, milestones=()))
+    epochs_needed = HYPERPARAMETERS.get(key, {}).get("cycles", 1)
+    recipe = make_recipe(precision="bf16", epochs=epochs_needed, milestones=())
+    training = make_training(studys_scheme(key), recipe)
     training.run()
     assert len(epochs) == len(training.history)
 

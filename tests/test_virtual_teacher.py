@@ -1,4 +1,4 @@
-"""Teacher-free distillation: reference values of both variants; a released multiplier depends on the classes."""
+"""Teacher-free distillation: reference values of both variants, and what its multiplier has to do with classes."""
 
 import math
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +90,17 @@ def tiny_teacher(*, dtype=torch.float64, device=CPU) -> TinyNet:
     nn.init.uniform_(teacher.norm.running_var, 0.5, 1.5)
     nn.init.normal_(teacher.norm.running_mean, std=0.3)
     return teacher.to(device=device, dtype=dtype)
+
+
+def unsettled(network: nn.Module) -> nn.Module:
+    """The network itself, its batch norms no longer the identity, so that a swapped or skipped one shows."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.3)
+    return network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +217,38 @@ def run_session(
     except Stopped:
         stopped = True
     return Session(stopped, training.history, clone(scheme.state_dict()), momentum, steps)
+
+
+def ends_alike_if_stopped(make: Callable[[], Scheme], stops: Iterable[int], folder: Path) -> None:
+    """Assert that a run of new networks, stopped after a step and resumed by others, ends as one that is not stopped.
+
+    That is: with the same history, weights, buffers and momentum, to the bit. `stops` below 0 count from the end.
+    """
+    recipe = make_recipe(learning_rate=0.02)  # the toy recipe's is too high for terms of large weight
+    whole = run_session(make(), recipe)
+    for stop in stops:
+        stop %= whole.steps
+        checkpoint = folder / f"{stop}.pt"
+        first = run_session(make(), recipe, checkpoint, stop_after=stop)
+        assert first.stopped and first.steps == stop
+        torch.rand(stop)  # another process's generator would stand elsewhere, too
+        second = run_session(make(), recipe, checkpoint)
+        assert second.steps == whole.steps - stop
+        outcome = second.outcome | {"momentum": first.momentum | second.momentum}
+        assert difference(outcome, whole.outcome) is None, f"stopped after step {stop}"
+
+
+def images_seen(scheme: Scheme, seed: int = 3) -> list[Tensor]:
+    """What a short run shows the student in train mode, step by step."""
+    seen = []
+
+    def note(network, arguments):
+        if network.training:
+            seen.append(arguments[0].clone())
+
+    scheme.student.register_forward_pre_hook(note)
+    make_training(scheme, make_recipe(), seed=seed).run()
+    return seen
 
 
 def clone(value: Any) -> Any:
