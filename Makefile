@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV): a few minutes and 6 GB, once"
 	@if command -v uv > /dev/null; then \
-	  uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock && \
+	  uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python --require-hashes -r requirements.lock && \
 	  uv pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e . ; \
 	else \
 	  $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock && \

@@ -39,6 +39,7 @@ class AdversarialDistillation(Method):
     paper: ClassVar[str] = "Chung, Park, Kim, Kwak 2020, ICML, arXiv:2002.01775"
     reads: ClassVar[tuple[str, ...]] = ("logits", "maps")
     scheme: ClassVar[str] = "rivals"
+    bound: ClassVar[bool] = True
     least_batch: ClassVar[int] = 2  # the discriminator's batch norm, where its maps are single pixels
 
     temperature: float = 3.0

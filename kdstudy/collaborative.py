@@ -34,6 +34,7 @@ class CollaborativeTeaching(Method):
     paper: ClassVar[str] = "Zhao, Sun, Dong, Chen, Dong 2020, IEEE Trans. Cybernetics, arXiv:1907.09643"
     reads: ClassVar[tuple[str, ...]] = ("logits", "maps")
     scheme: ClassVar[str] = "collaborative"
+    bound: ClassVar[bool] = True
 
     kd_weight: float = 0.03
     attention_weight: float = 1000.0

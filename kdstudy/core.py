@@ -136,6 +136,7 @@ class Method(ABC):
     scheme: ClassVar[str] = "offline"  # under which it is trained, if it needs a teacher
     least_batch: ClassVar[int] = 1  # fewer images in a batch leave the loss undefined
     deploys: ClassVar[tuple[str, ...]] = ()  # adapters that the trained student keeps
+    bound: ClassVar[bool] = False  # whether it makes no sense but under its own scheme
     counts_itself: ClassVar[bool] = False  # whether peers that teach as one include the student itself
 
     ce_weight: float = 1.0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdstudy.core import Phase
 from kdstudy.models import build_model
 from kdstudy.schemes import Batch, Scheme
-from kdstudy.study import METHODS, Planner, RunSpec
+from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec
 from kdstudy.train import HALF
 
 REFERENCE_SETTING = "cifar100_wrn_16_2"  # the pair for which extra parameters are counted
@@ -61,8 +61,9 @@ def _specs_by_method(planner: Planner, setting: str) -> dict[str, RunSpec]:
 
 
 def _count(scheme: Scheme) -> int:
-    """How many numbers the phases train that are not the student's."""
-    own = {id(parameter) for parameter in scheme.student.parameters()}
+    """How many numbers the phases train that are not the student's, those of its peers among them."""
+    student = getattr(scheme, "student", scheme.deployed)
+    own = {id(parameter) for parameter in student.parameters()}
     trained = {id(p): p for phase in scheme.phases() for p in scheme.trained_parameters(phase.trains)}
     return sum(p.numel() for key, p in trained.items() if p.requires_grad and key not in own)
 
@@ -88,8 +89,8 @@ def step_costs(
     for stage in planner.params.methods:
         for row in planner.rows(setting, stage):
             spec = planner.final(setting, stage, row, {})[0]
-            if spec.images != 1:
-                continue  # a step costs what it costs on all images
+            if spec.images != 1 or SCHEMES[spec.scheme_name].family not in ("none", "offline"):
+                continue  # a step costs what it costs on all images, and one of several networks is no step of vanilla KD
             tell(f"{stage} {row}")
             step = _Step(spec, batch, classes)
             for phase in step.scheme.phases():
@@ -119,8 +120,8 @@ class _Step:
     def loss(self, phase: Phase) -> Tensor:
         self.scheme.set_modes(phase)
         self.scheme.set_clocks(0, 1)
-        turns = self.scheme.turns(phase)
-        return sum(sum(self.scheme.losses(phase, turn, self.batch, self.half).terms.values()) for turn in turns)
+        (turn,) = self.scheme.turns(phase)
+        return sum(self.scheme.losses(phase, turn, self.batch, self.half).terms.values())
 
     def look(self, phase: Phase) -> tuple[bool, int]:
         """Whether loss and gradients are finite, and how many bytes the backward pass needs kept."""

@@ -22,8 +22,8 @@ class ImageBank:
         self._size = images.shape[1:3]
         padded = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
         self._windows = _windows(torch.from_numpy(padded).to(device), self._size, padding)
-        self._shift = torch.as_tensor(mean, device=device, dtype=dtype)
-        self._scale = 1 / torch.as_tensor(std, device=device, dtype=dtype)
+        self.mean, self.std = (torch.as_tensor(x, device=device, dtype=dtype) for x in (mean, std))
+        self._scale = 1 / self.std
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,15 +57,16 @@ class ImageBank:
         return torch.where(flip[:, None, None, None], crops.flip(2), crops)
 
     def _normalise(self, crops: Tensor) -> Tensor:
-        return ((crops.to(self._shift.dtype) - self._shift) * self._scale).permute(0, 3, 1, 2)
+        return ((crops.to(self.mean.dtype) - self.mean) * self._scale).permute(0, 3, 1, 2)
 
 
 class BlankBank:
     """Stands where training images must not be seen: as many of them, each blank, with labels that say nothing."""
 
-    def __init__(self, count: int, shape: tuple[int, int, int], *, padding: int, device, dtype: torch.dtype):
-        """`shape` is (channels, H, W)."""
+    def __init__(self, count: int, shape: tuple[int, int, int], *, mean, std, padding: int, device, dtype: torch.dtype):
+        """`shape` is (channels, H, W); `mean` and `std` (C,) are those by which the teacher's images are normalised."""
         self.padding = padding
+        self.mean, self.std = (torch.as_tensor(x, device=device, dtype=dtype) for x in (mean, std))
         self.labels = torch.zeros(count, dtype=torch.int64, device=device)
         self._blank = torch.zeros(1, *shape, device=device, dtype=dtype)
 

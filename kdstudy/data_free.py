@@ -82,11 +82,12 @@ class DataImpressions(Method):
     Nayak, Mopuri, Shaj, Babu, Chakraborty, "Zero-Shot Knowledge Distillation in Deep Networks", ICML 2019,
     arXiv:1905.08114.
 
-    `ce_weight * CE(z_s, y) + kd_weight * T^2 mean_b sum_c -sigma_T(z_t)_c log sigma_T(z_s)_c`, where y is the class
-    that the teacher sees in the impression. Defaults as released: 0, 1, T 20.
+    `ce_weight * CE(z_s, y) + kd_weight * T^2 KL(sigma_T(z_t) || sigma_T(z_s))`, where y is the class that the teacher
+    sees in the impression. Defaults as released: 0, 1, T 20.
 
     Differs from the printed text:
 
+    * Paper and release have a soft cross-entropy for the KL: larger by the teacher's entropy, with the same gradient.
     * The paper weighs the term of labels by 0.3, as the release does for real images; there impressions have none.
     * The teacher answers for the crop that the student sees; the release keeps its answer for the whole impression.
     """
@@ -104,10 +105,5 @@ class DataImpressions(Method):
         require_positive("temperature", self.temperature)
 
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
-        """`T^2` times the cross-entropy of the softened answers, a scalar."""
-        return self.temperature**2 * soft_cross_entropy(student.logits, teacher.logits, self.temperature)
-
-
-def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """`mean_b sum_c -sigma_T(z_t)_c log sigma_T(z_s)_c`, a scalar in nats."""
-    return F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(dim=1))
+        """`T^2 KL(teacher || student)`, a scalar."""
+        return softened_kl(student.logits, teacher.logits, self.temperature)

@@ -72,7 +72,8 @@ class DataOnDevice:
         images = self.images
         shape = (images.channels, *images.image_size)
         count = round(share * (len(images.y_train) - held_out))
-        return BlankBank(count, shape, padding=recipe.crop_padding, device=self.device, dtype=FULL[recipe.precision])
+        place = {"padding": recipe.crop_padding, "device": self.device, "dtype": FULL[recipe.precision]}
+        return BlankBank(count, shape, mean=self.mean, std=self.std, **place)
 
     def watched(self, held_out: int, recipe: Recipe) -> dict[str, ImageBank]:
         """The sets whose accuracy is noted every epoch: the test images, and the held-out ones if there are any."""

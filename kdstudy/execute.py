@@ -148,7 +148,9 @@ class Executor:
 
         # a student's teachers come before it
         groups = [list(group) for _, group in groupby(missing, key=lambda spec: spec.depth)]
-        side_by_side(_make_in_worker, shared, groups, workers, tell=tell, should_stop=self._should_stop)
+        # torch.optim imports the preloaded module when it is first used
+        options = {"tell": tell, "should_stop": self._should_stop, "preload": ("torch._dynamo",)}
+        side_by_side(_make_in_worker, shared, groups, workers, **options)
 
     def _missing(self, specs: Iterable[RunSpec]) -> list[RunSpec]:
         """Those without a record, behind all teachers whose weights they need and that have none."""
@@ -302,9 +304,12 @@ def _describe(spec: RunSpec, scheme: Scheme, device: torch.device, started: str)
 def _trained_parameters(scheme: Scheme) -> dict[str, int]:
     """How many numbers of each network, and of the adapters, training changes."""
     names = [name for phase in scheme.phases() for name in phase.trains]
-    networks = [*scheme.trained_networks(names), "adapters"]
-    counts = {name: sum(map(torch.numel, scheme.trained_parameters([name]))) for name in networks}
-    return {name: count for name, count in counts.items() if count}
+    counts, counted = {}, set()
+    for network in [*scheme.trained_networks(names), "adapters"]:
+        own = set(scheme.trained_parameters([network])) - counted  # of what networks share, the first one has it
+        counted |= own
+        counts[network] = sum(map(torch.numel, own))
+    return {network: count for network, count in counts.items() if count}
 
 
 def _network_epochs(scheme: Scheme, history: Sequence[Mapping]) -> int:

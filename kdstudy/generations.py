@@ -79,6 +79,7 @@ class BornAgainEnsemble(Method):
     kind: ClassVar[str] = "response"
     paper: ClassVar[str] = "Furlanello, Lipton, Tschannen, Itti, Anandkumar 2018, ICML, arXiv:1805.04770"
     scheme: ClassVar[str] = "committee"
+    bound: ClassVar[bool] = True
 
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
         """Zero, without a gradient."""

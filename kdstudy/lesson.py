@@ -28,7 +28,7 @@ from kdstudy.recipe import Recipe
 from kdstudy.relations import spread, view_of
 from kdstudy.results import Ledger
 from kdstudy.samples import Correlation, InstanceGraph, Probabilistic, Relational, SimilarityPreserving
-from kdstudy.study import METHODS, Planner, RunSpec
+from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec
 from kdstudy.tables import (
     BASELINE_STAGE,
     comparison_table,
@@ -53,7 +53,7 @@ def source(*things: Any) -> Markdown:
 
 
 def differences(*things: Any) -> Markdown:
-    """The lists "Differs from the printed text" of the docstrings of classes or modules, each under its name.
+    """The lists "Differs from the printed text" of the docstrings of classes, functions or modules, under their names.
 
     Raises ValueError for a docstring without such a list.
     """
@@ -69,6 +69,11 @@ def _differences(thing: Any) -> str:
 
 def _name(thing: Any) -> str:
     keys = {cls: key for key, cls in METHODS.items()}
+    schemes = {cls: key for key, cls in SCHEMES.items()}
+    if thing in schemes:
+        return f"Scheme `{schemes[thing]}`"
+    if inspect.isfunction(thing):
+        return f"`{thing.__name__}`"
     return label(keys[thing]) if thing in keys else "All edits of the target"
 
 

@@ -1,10 +1,11 @@
-"""Tables of other publications beside our runs: a survey's comparison on CIFAR-10, "A Gift from KD" on CIFAR-100."""
+"""Tables of other publications beside our runs: a survey's, that of "A Gift from KD", and online methods."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from kdstudy.companions import networks
 from kdstudy.results import Ledger
 from kdstudy.statistics import mean_interval, paired_difference
 from kdstudy.tables import BASELINE_STAGE, write_table
@@ -13,6 +14,7 @@ PUBLISHED = Path(__file__).parent / "published"
 GIFT_SETTING = "cifar100_gift"
 SURVEY_TITLE = "Survey, table 5. Offline methods on CIFAR-10"
 GIFT_TITLE = "A Gift from KD, table 1. Three ResNet-32 on CIFAR-100, one by one and together"
+ONLINE_TITLE = "Online methods on CIFAR-100, as others quote or re-implement them"
 
 
 def survey_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -69,8 +71,36 @@ def _gift_row(ledger: Ledger, results: pd.DataFrame, row) -> tuple:
     return (row.source, row.average, row.ensemble, *mean_interval(final.test_accuracy), score, diverged)
 
 
+def online_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Networks that were trained at the same time, from two publications, beside ours; accuracies in percent.
+
+    Columns: source, quoted_from, networks; published and its deviation over runs (NaN where none is printed); ours
+    (mean over seeds), ci_low, ci_high (95 %), n; difference (ours - published); diverged. A row is about the deployed
+    network, or about one that learned beside it. What was not run is NaN with n = 0.
+    """
+    published = pd.read_csv(PUBLISHED / "online.csv")
+    rows = [_online_row(results, row) for row in published.itertuples()]
+    names = ("source", "quoted_from", "networks", "published", "deviation")
+    return pd.DataFrame(rows, columns=[*names, "ours", "ci_low", "ci_high", "n", "difference", "diverged"])
+
+
+def online_places() -> list[str]:
+    """The settings that published numbers of online methods are about."""
+    return list(pd.read_csv(PUBLISHED / "online.csv").setting.unique())
+
+
+def _online_row(results: pd.DataFrame, row) -> tuple:
+    wanted = (results.setting == row.setting) & (results.stage == row.stage) & (results.method == row.method)
+    final = results[wanted & (results.purpose == "final")]
+    found = networks(final)
+    ours = mean_interval(found.test_accuracy[found.network == row.network])
+    diverged = int((final.status == "diverged").sum())
+    printed = row.source, row.quoted_from, row.networks, row.published, row.deviation
+    return (*printed, *ours, ours.mean - row.published, diverged)
+
+
 def write_tables(ledger: Ledger, results: pd.DataFrame, profile: str, folder: Path) -> list[str]:
-    """Write those of the two tables whose settings belong to the profile; returns their names, without suffix."""
+    """Write those of the tables whose settings belong to the profile; returns their names, without suffix."""
     settings = ledger.planner.params.settings_of(profile)
     written = []
     if set(pd.read_csv(PUBLISHED / "survey_table5.csv").setting) & set(settings):
@@ -79,4 +109,7 @@ def write_tables(ledger: Ledger, results: pd.DataFrame, profile: str, folder: Pa
     if GIFT_SETTING in settings:
         write_table(gift_table(ledger, results), folder / "literature_gift", GIFT_TITLE)
         written.append("gift")
+    if set(online_places()) & set(settings):
+        write_table(online_table(results), folder / "literature_online", ONLINE_TITLE)
+        written.append("online")
     return written

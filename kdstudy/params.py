@@ -41,7 +41,8 @@ class Setting:
     `methods` limits the rows, None means all of a stage; `without` names rows that are not defined for these networks.
     `networks` names further networks that rows ask for; rows that ask for one which is not named are left out.
     `teacher_recipe` is the teacher's, where it is not the students'. `ensembles` asks for the accuracy of the networks
-    of all seeds together. `overrides` are hyperparameters of rows that suit this setting better, before any grid.
+    of all seeds together. `overrides` are fields and hyperparameters of rows that suit this setting better, before any
+    grid.
     """
 
     profile: str
@@ -126,6 +127,14 @@ class Row:
             raise ValueError("teachers above 1 and taught_by exclude each other")
         _require_length(self.length)
 
+    def overridden(self, values: Mapping[str, Any]) -> "Row":
+        """This row with other values of some of its fields or hyperparameters. Raises ValueError for a wrong one."""
+        if not values:
+            return self
+        own, rest = _split(values, "overrides")
+        now = {f.name: getattr(self, f.name) for f in fields(self)}
+        return build(Row, now | own | {"hyperparameters": {**self.hyperparameters, **rest}}, "overrides")
+
     @property
     def networks(self) -> tuple[str, ...]:
         """The patterns of all networks that the row asks for."""
@@ -139,14 +148,19 @@ def _require_length(length: float) -> None:
 
 def parse_row(name: str, values: Mapping[str, Any], where: str) -> Row:
     """The row of this name from its mapping in params.yaml. Raises ValueError naming the place of what is wrong."""
-    own = {"method": name} | {key: values[key] for key in values if key in _ROW_KEYS}
+    own, rest = _split(values, where)
+    return build(Row, {"method": name} | own | {"hyperparameters": rest}, where)
+
+
+def _split(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row's own fields, and its hyperparameters."""
+    own = {key: values[key] for key in values if key in _ROW_KEYS}
     if "taught_by" in own:
         entries = own["taught_by"] if isinstance(own["taught_by"], list) else [own["taught_by"]]
         own["taught_by"] = [_taught_by(entry, f"{where}.taught_by") for entry in entries]
     if "scheme" in own:
         own |= _scheme(own["scheme"], f"{where}.scheme")
-    rest = {key: value for key, value in values.items() if key not in _ROW_KEYS}
-    return build(Row, own | {"hyperparameters": rest}, where)
+    return own, {key: value for key, value in values.items() if key not in _ROW_KEYS}
 
 
 def _taught_by(values: Any, where: str) -> TaughtBy:

@@ -97,7 +97,7 @@ class Peers(Scheme):
         prepares = any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("calibrate", "initialise"))
         if not method.needs_teacher or prepares or method.deploys or "network" in method.reads:
             raise ValueError(f"{name} cannot be used between peers: it needs a teacher that is finished, or none")
-        shown = {"logits", "indices"} | ({"members", "embedding"} if "members" in method.reads else set())
+        shown = {"logits", "members", "embedding"} if "members" in method.reads else {"logits"}
         if self._together and not set(method.reads) <= shown:
             raise ValueError(f"peers that teach as one show no more than logits, and {name} reads more")
 
@@ -196,7 +196,7 @@ class Peers(Scheme):
         if group not in united or self.own_images:
             united[group] = self.method.unite(members, labels, self.adapters)
         place = group.index(student) if student in group else None
-        teacher = View(united[group], members=members, indices=view.indices, place=place)
+        teacher = View(united[group], members=members, place=place)
         return phase.objective(view, teacher, labels, self.adapters)
 
     def _own_views(self, batch: Batch, half: torch.dtype | None, students: Sequence[int]) -> dict[int, View]:

@@ -59,7 +59,7 @@ class QuantisedKD(Method):
         if not isinstance(student, QuantisedNet) or isinstance(teacher, QuantisedNet):
             raise ValueError(refusal)
         try:
-            state = QuantisedNet(copy.deepcopy(teacher).cpu(), student.bits).state_dict()
+            state = QuantisedNet(copy.deepcopy(teacher).cpu()).state_dict()
         except TraceError:  # several networks as one
             raise ValueError(refusal) from None
         if _shapes(state) != _shapes(student.state_dict()):

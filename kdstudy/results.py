@@ -61,7 +61,7 @@ class Ledger:
 
         The unit is an epoch of one network, forward and back.
         """
-        records = [self.store.record(run) for run in _with_teachers(spec).values()]
+        records = [self.store.record(run) for run in with_teachers(spec).values()]
         return None if None in records else sum(record["network_epochs"] for record in records)
 
     def profile(self, profile: str) -> pd.DataFrame:
@@ -80,12 +80,12 @@ class Ledger:
         return pd.DataFrame(epochs)
 
 
-def _with_teachers(spec: RunSpec) -> dict[str, RunSpec]:
+def with_teachers(spec: RunSpec) -> dict[str, RunSpec]:
     """A run and all that it learned from, by id."""
     found = {spec.id: spec}
     if SCHEMES[spec.scheme_name].needs_teacher:
         for teacher in spec.teachers:
-            found |= _with_teachers(teacher)
+            found |= with_teachers(teacher)
     return found
 
 

@@ -181,7 +181,7 @@ class Scheme(nn.Module, ABC):
 def _root(name: str) -> str:
     """The network that a module is part of: "student" of "student.stages.0", "peers.1" of "peers.1.stem"."""
     first, *rest = name.split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() and first != "adapters" else first
 
 
 class Taught(Scheme):

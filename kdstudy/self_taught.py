@@ -116,6 +116,7 @@ class SnapshotDistillation(Method):
     kind: ClassVar[str] = "response"
     paper: ClassVar[str] = "Yang, Xie, Su, Yuille 2019, CVPR, arXiv:1812.00123"
     scheme: ClassVar[str] = "snapshot"
+    bound: ClassVar[bool] = True
 
     ce_weight: float = 4 / 3
     kd_weight: float = 1.0

@@ -149,6 +149,14 @@ def build_method(key: str, **hyperparameters: Any) -> Method:
     return build(cls, hyperparameters, key)
 
 
+def build_options(method: str, scheme: str, options: Mapping[str, Any]) -> Any:
+    """A scheme's options. Raises ValueError for an unknown scheme, option or value, and a method that cannot be used."""
+    cls, own = look_up("scheme", scheme, SCHEMES), METHODS[method]
+    if own.bound and scheme != own.scheme:
+        raise ValueError(f"{method} can only be trained under scheme {own.scheme}, not {scheme}")
+    return build(cls.options, dict(options), f"scheme {scheme}")
+
+
 def scheme_of(method: type[Method]) -> str:
     """The scheme under which a method is trained by default, a key of `SCHEMES`: "none" without anyone who teaches."""
     return method.scheme if method.needs_teacher or method.scheme != "offline" else "none"
@@ -250,8 +258,7 @@ class RunSpec:
 
     def build_options(self) -> Any:
         """The scheme's options. Raises ValueError for an unknown scheme, option or value."""
-        cls = look_up("scheme", self.scheme_name, SCHEMES)
-        return build(cls.options, dict(self.scheme_options), self.scheme_name)
+        return build_options(self.method, self.scheme_name, dict(self.scheme_options))
 
     def assemble(self, build: Callable[[str], nn.Module], teachers: Sequence[nn.Module], sample: Batch) -> Scheme:
         """The scheme with new networks, whose first weights are the seed's, and these trained `teachers`."""
@@ -326,8 +333,7 @@ class Planner:
 
     def _student(self, setting, stage, name, overrides, seed, purpose) -> RunSpec:
         row = self.params.methods[stage][name]
-        own = self.setting(setting).overrides.get(name, {})
-        row = replace(row, hyperparameters={**row.hyperparameters, **own, **overrides})
+        row = row.overridden(self.setting(setting).overrides.get(name, {})).overridden(overrides)
         first, *others = self._taught_by(setting, stage, name, row, seed, purpose)
         return self._spec(setting, stage, purpose, name, row, seed, teacher=first, co_teachers=tuple(others))
 
@@ -407,17 +413,20 @@ def check_methods(params: Params) -> None:
     for stage, rows in params.methods.items():
         for name, row in rows.items():
             cells = [cell for grid in params.grids.values() for cell in grid.cells(name)]
-            cells += [setting.overrides[name] for setting in params.settings.values() if name in setting.overrides]
+            own = [setting.overrides[name] for setting in params.settings.values() if name in setting.overrides]
             try:
-                for cell in [{}, *cells]:
-                    build_method(row.method, **{**row.hyperparameters, **cell})
-                for teacher in row.taught_by:
-                    _check_teacher(params, name, teacher)
-                if row.scheme:
-                    look_up("scheme", row.scheme, SCHEMES)
-                build(SCHEMES[row.scheme or scheme_of(METHODS[row.method])].options, row.scheme_options, "scheme")
+                for each in [row, *(row.overridden(values) for values in [*own, *cells])]:
+                    _check_row(params, name, each)
             except ValueError as error:
                 raise ValueError(f"methods.{stage}.{name}: {error}") from error
+
+
+def _check_row(params: Params, name: str, row: Row) -> None:
+    """Raise ValueError unless method, scheme and whoever teaches can be had."""
+    build_method(row.method, **row.hyperparameters)
+    build_options(row.method, row.scheme or scheme_of(METHODS[row.method]), row.scheme_options)
+    for teacher in row.taught_by:
+        _check_teacher(params, name, teacher)
 
 
 def _check_teacher(params: Params, name: str, teacher: TaughtBy) -> None:

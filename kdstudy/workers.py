@@ -30,6 +30,7 @@ def side_by_side(
     *,
     tell: Callable[[Any, float, str], None],
     should_stop: Callable[[], bool],
+    preload: Sequence[str] = (),
 ) -> None:
     """Call `work(shared, task, tell, should_stop)` for every task of every group, in `workers` processes.
 
@@ -37,8 +38,13 @@ def side_by_side(
     pickled; `shared` reaches a worker once. What a worker tells arrives here as (task, how much is done, text). The
     first error ends all workers: they are asked to stop and then it is raised. An interrupt from the keyboard is an
     error of this process.
+
+    Workers are forked from a process of its own that has imported the module of `work` and the modules `preload`. It
+    serves all later calls, too, and has the environment variables of the first.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA, nor threads that its parent had
+    # not forked from this process, whose threads they would lack, nor spawned, as each would import torch for seconds
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__, *preload])
     told, stop = context.Queue(), context.Event()
     with ProcessPoolExecutor(workers, context, _begin, (work, shared, told, stop)) as pool:
         try:

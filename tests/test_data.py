@@ -163,7 +163,8 @@ def test_draws_and_batches_are_the_same_on_the_gpu():
 
 
 def blank_bank(count=11, **options) -> BlankBank:
-    return BlankBank(count, (3, 6, 5), **{"padding": 2, "device": CPU, "dtype": torch.float64} | options)
+    place = {"mean": MEAN, "std": STD, "padding": 2, "device": CPU, "dtype": torch.float64}
+    return BlankBank(count, (3, 6, 5), **place | options)
 
 
 def test_a_blank_bank_has_the_shapes_of_a_bank_and_nothing_in_them():
@@ -187,12 +188,15 @@ def test_a_blank_bank_offers_all_that_a_bank_does():
         return {name for name in vars(cls) if not name.startswith("_")}
 
     assert offered(BlankBank) == offered(ImageBank)
-    given = {name for name in vars(make_bank(*pictures(3))) if not name.startswith("_")}
-    assert given - {"mean", "std"} <= set(vars(blank_bank()))
+    bank, blank = make_bank(*pictures(3)), blank_bank()
+    given = {name for name in vars(bank) if not name.startswith("_")}
+    assert given == {name for name in vars(blank) if not name.startswith("_")}
+    for each in ("mean", "std"):  # by which the teacher's images are normalised
+        assert torch.equal(getattr(blank, each), getattr(bank, each)) and getattr(bank, each).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_blank_images_of_another_precision_and_shape(dtype):
-    blank = BlankBank(2, (1, 4, 7), padding=0, device=CPU, dtype=dtype)
+    blank = BlankBank(2, (1, 4, 7), mean=MEAN[:1], std=STD[:1], padding=0, device=CPU, dtype=dtype)
     (images,) = blank.plain(5)
     assert images.shape == (2, 1, 4, 7) and images.dtype == dtype

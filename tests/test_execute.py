@@ -578,6 +578,16 @@ def test_a_record_counts_the_epochs_of_every_network_and_phase(folder, row, depl
     assert {count for name, count in record["trained_parameters"].items() if name != "adapters"} == {student}
 
 
+def test_stages_that_branches_share_are_counted_once(folder, schemes):
+    _, record = own_run({"method": "mutual", "scheme": {"count": 3, "shared_stages": 1}})
+    student = weights_in("wrn_10_0.25")
+    first = schemes[-1].peers[0]
+    shared = sum(p.numel() for module in (first.stem, first.stages[0]) for p in module.parameters())
+    counts = [student, student - shared, student - shared]
+    assert record["trained_parameters"] == {f"peers.{number}": count for number, count in enumerate(counts)}
+    assert record["student_parameters"] == student
+
+
 def test_what_is_solved_in_closed_form_trains_nothing(folder):
     row = {"method": "few_sample", "network": "{teacher}_pruned0.5", "samples": 30}
     _, record = own_run(row, teacher="wrn_10_0.25")

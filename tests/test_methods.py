@@ -38,6 +38,7 @@ OTHER_STUDENTS: dict[str, str] = {
     "heads": "wrn_10_0.5+heads",  # the teacher itself, with heads
     "fitnets": "cnn_small",  # a wide ResNet's guided stage ends in a batch norm that the hint phase cannot train
     "few_sample": "wrn_10_0.5_pruned0.5",  # the teacher itself, with half as many channels inside its blocks
+    "afd": "cnn_small",  # the discriminators read the last map, behind which a wide ResNet has a batch norm
     "quantised": "wrn_10_0.25_int8",  # the teacher itself, on grids
     "soft_tree": "tree_3",
     "fsp": "resnet8x0.25",  # as wide as its teacher; a wide ResNet's last batch norm lies behind the last map
@@ -47,6 +48,7 @@ ZERO_FOR_EQUALS = {
     "few_sample",
     "kd",
     "soft_tree",
+    "quantised",
     "born_again",
     "teacher_free_self",
     "logit_mimic",
@@ -66,11 +68,13 @@ ZERO_FOR_EQUALS = {
     "fsp",
 }
 # their loss draws random numbers or depends on which images stand beside each other, as their papers have it
-ORDER_MATTERS = {"crd", "semckd", "multi_head_graph"}
+ORDER_MATTERS = {"crd", "semckd", "multi_head_graph", "data_impressions"}
 # networks that are trained beside the student
-PARTNERS: dict[str, tuple[str, ...]] = {}
+PARTNERS: dict[str, tuple[str, ...]] = {"rocket": ("wrn_16_0.25",)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "okddip": {"count": 3, "leader": True},
+    "zero_shot": {"batch": 16, "student_steps": 2},
+    "data_impressions": {"count": 30, "batch": 24, "iterations": 3},
 }
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "snapshot": {"cycles": 3},  # no more than a short run has epochs
@@ -200,7 +204,8 @@ def test_each_turn_lowers_its_loss_on_a_batch_that_stays_the_same(key):
     scheme, batch = make_scheme(key), batch_of()
     for phase, turn in steps(scheme):
         parameters = scheme.trained_parameters(turn.trains)
-        optimiser = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        is_adam = (phase.recipe | turn.recipe).get("optimiser") == "adam"
+        optimiser = torch.optim.Adam(parameters, 0.01) if is_adam else torch.optim.SGD(parameters, 0.01, momentum=0.9)
         first = None
         for _ in range(25):
             loss = value(scheme, phase, turn, batch)

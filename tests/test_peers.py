@@ -241,6 +241,24 @@ def test_collaborative_learning_on_own_crops_is_a_plain_loop():
     assert_same_peers(scheme, nets)
 
 
+def test_on_own_crops_a_peer_answers_for_its_own_also_where_it_is_asked_anew():
+    scheme = peers_of(tiny_peers(3, 4), DeepMutualLearning(), batches="own_crops", exchange_interval=1)
+    run_session(scheme, make_recipe(), seed=2)
+
+    def terms(nets, step, epoch):
+        (crops, labels), (others_crops, _) = step
+        with torch.no_grad():
+            own, others = (copy.deepcopy(net).eval() for net in nets)
+            answers = own(crops).logits, others(others_crops).logits
+        logits = nets[0](crops).logits, nets[1](others_crops).logits
+        pairs = ((logits[0], answers[1]), (logits[1], answers[0]))
+        return [F.cross_entropy(one, labels) + divergence(other, one) for one, other in pairs]
+
+    nets = tiny_peers(3, 4)
+    learn(nets, terms, seed=2, batches="own_crops")
+    assert_same_peers(scheme, nets)
+
+
 def test_a_leader_learns_from_all_others_and_teaches_nobody():
     scheme = peers_of(tiny_peers(3, 4, 5), DeepMutualLearning(), leader=True)
     run_session(scheme, make_recipe(), seed=2)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -118,6 +119,7 @@ def test_each_channel_of_weights_is_rounded_on_its_own_symmetric_grid(bits, dtyp
             wanted = round(value / extreme * most) * extreme / most if extreme else 0.0
             assert result == pytest.approx(wanted, rel=1e-6, abs=1e-12)
     assert rounded.dtype == dtype and not rounding.zero_point.any()
+    assert (rounding.scale > 0).all()  # of a channel of zeros, too
     assert len(rounded[0].unique()) <= 2 * most + 1
 
 
@@ -413,15 +415,17 @@ def test_autocast_makes_nothing_coarser(training):
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
-def test_measuring_changes_nothing_and_counts_what_is_saved(tmp_path):
+def test_measuring_changes_nothing_and_counts_what_is_saved(tmp_path, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
     network = network_of("wrn_10_0.5")
-    quantised, threads = calibrated(network), torch.get_num_threads()
+    quantised = calibrated(network)
     quantised.train()
     before = state_of(network), state_of(quantised)
     images = images_of(50)
     saved = measure(network, quantised, images, repeats=3)
     assert difference([*before], [state_of(network), state_of(quantised)]) is None
-    assert quantised.training and not network.training and torch.get_num_threads() == threads
+    assert quantised.training and not network.training and torch.get_num_threads() == 2
     save_weights(network, tmp_path / "weights.safetensors")
     assert saved.full_bytes == pytest.approx((tmp_path / "weights.safetensors").stat().st_size, rel=0.1)
     numbers = {name: tensor.contiguous() for name, tensor in plain_tensors(to_int8(quantised))}

@@ -73,12 +73,13 @@ def network(name: str, seed: int = 0) -> nn.Module:
 def test_another_network_than_the_quantised_teacher_is_refused(student, teacher):
     message = "the student must be the teacher's own network, quantised: wrn_16_1_int8 for wrn_16_1"
     with pytest.raises(ValueError, match=message):
-        QuantisedKD().initialise(network(student), teacher(), [torch.randn(4, 3, 8, 8)])
+        QuantisedKD().initialise(network(student), teacher(), [torch.randn(4, 3, 8, 8)], nn.ModuleDict())
 
 
 def test_a_pruned_network_is_not_taken_for_the_plain_one():
     with pytest.raises(ValueError, match="the student must be the teacher's own network"):
-        QuantisedKD().initialise(network("resnet8_int8"), network("resnet8_pruned0.5"), [torch.randn(4, 3, 8, 8)])
+        networks = network("resnet8_int8"), network("resnet8_pruned0.5")
+        QuantisedKD().initialise(*networks, [torch.randn(4, 3, 8, 8)], nn.ModuleDict())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -88,7 +89,7 @@ def test_the_student_begins_as_its_teacher_rounded(bits, dtype):
     teacher.requires_grad_(False)
     before = clone(teacher.state_dict())
     batches = torch.randn(60, 3, 8, 8, dtype=dtype).split(20)
-    QuantisedKD().initialise(student, teacher, batches)
+    QuantisedKD().initialise(student, teacher, batches, nn.ModuleDict())
     expected = QuantisedNet(copy.deepcopy(teacher), bits)
     mine = dict(student.named_parameters())
     assert set(mine) == {name for name, _ in expected.named_parameters()}

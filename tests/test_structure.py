@@ -29,8 +29,9 @@ FLOORS = tuple(
         "execute",
         "answers equations notebook statistics",
         "insides relations tables",
+        "companions",
         "figures lesson literature readings report",
-        "pages tree_figures",
+        "oneself pages scheme_figures together tree_figures unseen unseen_figures",
         "__main__",
     )
 )

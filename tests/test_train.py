@@ -854,7 +854,9 @@ def studys_scheme(key: str, device=CPU):
         return studys_network(name).to(device)
 
     cast = Cast(build, OTHER_STUDENTS.get(key, "wrn_10_0.25"), PARTNERS.get(key, ()), teachers)
-    return cls.assemble(cast, method, sample_batch(bank, 8), cls.options(**OPTIONS.get(key, {})))
+    options = OPTIONS.get(key, {})
+    options = options | ({"batch": 16} if "batch" in options else {})  # there are 22 images
+    return cls.assemble(cast, method, sample_batch(bank, 8), cls.options(**options))
 
 
 @pytest.mark.parametrize("key", METHODS | METHODS_OF_TESTS)
