@@ -141,7 +141,7 @@ def best_logits(logits: Tensor, labels: Tensor, per: str) -> Tensor:
 def best_mixture(logits: Tensor, labels: Tensor) -> Tensor:
     """The shares a (m,) for which `sum_i a_i z_i` has the least cross-entropy, for logits (m, B, C); approximate."""
     exact = logits.double()  # near the optimum, rounding would pass for a rise
-    onehot = F.one_hot(labels, logits.shape[2])
+    onehot = torch.zeros_like(logits[0]).scatter(1, labels.unsqueeze(1), 1.0)
     scores, step = exact.new_zeros(len(exact)), exact.new_ones(())
 
     def look(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Shapes: logits (B, C), labels (B,); sigma_T(z) = softmax(z / T). KL sums over cl
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from kdstudy.core import Method, View, require_choice, require_positive, softened_kl, target_kl
@@ -60,7 +60,7 @@ class VirtualTeacher(Method):
     def target(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The softened virtual teacher, (B, C), in the logits' precision."""
         classes = logits.shape[1]
-        teacher = F.one_hot(labels, classes).to(logits)
+        teacher = torch.zeros_like(logits).scatter(1, labels.unsqueeze(1), 1.0)
         rest = (1 - self.confidence) / (classes - 1)
         teacher = rest + (self.confidence - rest) * teacher
         scores = teacher.log() if self.variant == "paper" else teacher
