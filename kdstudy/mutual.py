@@ -21,7 +21,8 @@ class DeepMutualLearning(Method):
     Zhang, Xiang, Hospedales, Lu, "Deep Mutual Learning", CVPR 2018, arXiv:1706.00384.
 
     For peer k of K: `ce_weight * CE(z_k, y) + kd_weight * D_k`. The scheme's option `together` says which of two forms
-    is meant, and the second is never larger (Jensen):
+    is meant. The second is never larger (Jensen), but their gradients are the same: they differ by how much the others
+    disagree, which peer k cannot change.
 
     * false, the paper's: `D_k = 1/(K-1) sum_{l != k} T^2 KL(sigma_T(z_l) || sigma_T(z_k))`.
     * true ("DML_e"): `D_k = T^2 KL(1/(K-1) sum_{l != k} sigma_T(z_l) || sigma_T(z_k))`, the mean of probabilities.

@@ -139,8 +139,15 @@ every_run = pytest.mark.parametrize("name", RUNS)
 
 def session_of(name: str, checkpoint: Path | None = None, **options):
     """A session of one of the runs, with networks built anew and torch's generator wherever that left it."""
+    return run_session(*new_run(name), checkpoint, **options)
+
+
+def new_run(name: str):
+    """Scheme and recipe of one of the runs, or of a method of the study."""
+    if name not in RUNS:
+        return studys_scheme(name), make_recipe(epochs=3, precision="fp32")
     method, recipe, networks = RUNS[name]
-    return run_session(make_scheme(method, **networks), recipe, checkpoint, **options)
+    return make_scheme(method, **networks), recipe
 
 
 @every_run
@@ -175,10 +182,9 @@ def test_stopped_after_every_step_equals_uninterrupted(name, tmp_path):
 KILLED = """
 import os, signal, sys, torch, toy
 from pathlib import Path
-from test_train import RUNS
+from test_train import new_run
 
 folder = Path(sys.argv[1])
-method, recipe, networks = RUNS[sys.argv[2]]
 torch.set_num_threads(int(sys.argv[3]))
 torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports the rest of torch
 save = torch.save
@@ -200,14 +206,14 @@ def train(where, count):
         save(state, path)
 
     torch.save = save_or_die
-    scheme = toy.make_scheme(method, **networks)
+    scheme, recipe = new_run(sys.argv[2])
     training = toy.make_training(
         scheme, recipe, checkpoint=folder / "checkpoint.pt", checkpoint_seconds=0.0, on_step=on_step
     )
     training.run()
     save({"history": training.history, "state": scheme.state_dict()}, folder / "outcome.pt")
 
-for where, count in (("step", 8), ("write", 7), ("nowhere", 0)):
+for where, count in (("step", int(sys.argv[4])), ("write", int(sys.argv[5])), ("nowhere", 0)):
     child = os.fork()
     if not child:
         train(where, count)
@@ -216,17 +222,22 @@ for where, count in (("step", 8), ("write", 7), ("nowhere", 0)):
 """
 
 
-def test_killed_in_an_epoch_and_in_a_write_equals_uninterrupted(tmp_path):
-    name = "two phases"
+@pytest.mark.parametrize(
+    ("name", "steps", "step", "write"),
+    # an offline, an online, a self-taught and a data-free run
+    [("two phases", 19, 8, 7), ("mutual", 9, 4, 3), ("snapshot", 9, 4, 3), ("zero_shot", 6, 3, 2)],
+)
+def test_killed_in_an_epoch_and_in_a_write_equals_uninterrupted(name, steps, step, write, tmp_path):
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, "-c", KILLED, str(tmp_path), name, str(torch.get_num_threads())]
+    threads = torch.get_num_threads()
+    command = [sys.executable, "-c", KILLED, *map(str, (tmp_path, name, threads, step, write))]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    # 19 steps, each with a checkpoint: killed in step 8, then in the write of step 14, which leaves half a file beside
+    # each step has a checkpoint: killed in one step, then in the write of a later one, which leaves half a file beside
     # the checkpoint; the third process finishes
     assert printed.split() == [str(-signal.SIGKILL), "1", str(-signal.SIGKILL), "2", "0", "3"]
-    whole = session_of(name)
-    assert whole.steps == 19
+    whole = run_session(*new_run(name))
+    assert whole.steps == steps
     found = torch.load(tmp_path / "outcome.pt", weights_only=True)
     assert difference(clone(found), {"history": whole.history, "state": whole.state}) is None
 
