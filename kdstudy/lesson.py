@@ -242,7 +242,7 @@ def teachers_table(planner: Planner, setting: str, stage: str) -> Markdown:
     Shown for the first seed; a sentence if the setting trains no such row.
     """
     usual = [planner.teacher(setting, planner.tuning_seed(setting))]
-    finals = [planner.final(setting, stage, row, {})[0] for row in planner.rows(setting, stage)]
+    finals = _first_specs(planner, setting, stage)
     rows = [_taught(spec) for spec in finals if [one.id for one in spec.teachers] != [one.id for one in usual]]
     if not rows:
         return Markdown("All students of this setting are taught by its own teacher alone.")
@@ -254,7 +254,7 @@ def teachers_table(planner: Planner, setting: str, stage: str) -> Markdown:
 
 def _taught(spec: RunSpec) -> tuple[str, ...]:
     first, count = spec.teacher, len(spec.teachers)
-    above = first.teacher.network if first.teacher else "the labels"
+    above = first.teacher.network if SCHEMES[first.scheme_name].needs_teacher else "the labels"
     learned = f"{above}, `{METHODS[first.method].__name__}`"
     seeds = ", ".join(str(teacher.seed) for teacher in spec.teachers)
     return f"`{spec.row}`", spec.network, f"{count} x {first.network}" if count > 1 else first.network, seeds, learned

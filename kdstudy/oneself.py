@@ -11,7 +11,7 @@ from kdstudy.image_set import ImageSet
 from kdstudy.lesson import table
 from kdstudy.models import build_model, count_parameters
 from kdstudy.readings import control_reading
-from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec
+from kdstudy.study import SCHEMES, Planner, RunSpec
 from kdstudy.tables import label
 
 STAGE = "self"
@@ -29,8 +29,8 @@ def lineage_table(planner: Planner, setting: str) -> Markdown:
     specs = [planner.final(setting, STAGE, row, {})[0] for row in planner.rows(setting, STAGE)]
     if not specs:
         return Markdown(f"The setting `{setting}` trains no network that teaches itself.")
-    rows = [(f"`{spec.row}`", spec.network, f"`{METHODS[spec.method].__name__}`", _teacher(spec)) for spec in specs]
-    return table(pd.DataFrame(rows, columns=["row", "network", "class", "taught by"]))
+    rows = [(f"`{spec.row}`", spec.network, _teacher(spec)) for spec in specs]
+    return table(pd.DataFrame(rows, columns=["row", "network", "taught by"]))
 
 
 def _teacher(spec: RunSpec) -> str:
@@ -42,10 +42,10 @@ def _teacher(spec: RunSpec) -> str:
 
 
 def _lineage(spec: RunSpec) -> str:
-    """A run that teaches and, after arrows, those above it."""
-    own = ":" in spec.row
-    name = f"{spec.network}, {spec.epochs} epochs of labels" if own else label(spec.row)
-    return f"{name} \N{LEFTWARDS ARROW} {_teacher(spec)}" if SCHEMES[spec.scheme_name].needs_teacher else name
+    """A run that teaches and, before arrows, those that taught it."""
+    length = f"{spec.epochs} epoch{'s' * (spec.epochs != 1)}"
+    name = f"{spec.network} after {length} of labels" if ":" in spec.row else label(spec.row)
+    return f"{_teacher(spec)} \N{RIGHTWARDS ARROW} {name}" if SCHEMES[spec.scheme_name].needs_teacher else name
 
 
 def exits_table(network: str, images: ImageSet) -> Markdown:
@@ -126,8 +126,8 @@ def _generations(finals: pd.DataFrame) -> list[str]:
     if GENERATIONS[-1] in mean:
         best = max(chain[1:], key=mean.__getitem__)
         lines.append(
-            f"- The generations together reach {mean[GENERATIONS[-1]]:.2f} %, {mean[GENERATIONS[-1]] - mean[best]:+.2f} "
-            f"points against the best of them alone ({label(best)})."
+            f"- The generations together reach {mean[GENERATIONS[-1]]:.2f} %, "
+            f"{mean[GENERATIONS[-1]] - mean[best]:+.2f} points against the best of them alone ({label(best)})."
         )
     return lines
 
@@ -154,8 +154,8 @@ def _unsure(finals: pd.DataFrame) -> list[str]:
         return []
     listed = ", ".join(f"{label(row)} {error:.1f}" for row, error in off.items())
     return [
-        f"- Confidence and accuracy are far apart (ECE in points; CE student {errors['ce']:.1f}): {listed}. Accuracy does "
-        "not show it. The target is the reason: who has to answer a softened target at T = 1 learns to be unsure."
+        f"- Confidence and accuracy are far apart (ECE in points; CE student {errors['ce']:.1f}): {listed}. Accuracy "
+        "does not show it. A target that is unsure makes an unsure student, and more so where it alone is softened."
     ]
 
 

@@ -94,7 +94,8 @@ def distances(histories: pd.DataFrame, rows: Sequence[str]) -> Figure:
             color = BLUE if not number else SOFT
             ax.plot(terms.index + 1, terms[name], color=color, lw=1.4 if not number else 0.9)
         ax.set_title(label(row))
-        ax.set_ylim(0, 1.08 * float(np.nanmax(terms.to_numpy())) or 1)
+        highest = terms.max().max()
+        ax.set_ylim(0, 1.08 * highest if highest > 0 else 1)
         ax.grid(axis="y")
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel("epoch", fontsize=9)

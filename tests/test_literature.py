@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdstudy.literature import GIFT_SETTING, gift_table, survey_table, write_tables
+from kdstudy.literature import GIFT_SETTING, gift_table, online_places, online_table, survey_table, write_tables
 from kdstudy.params import load_params
 from kdstudy.results import RESULT_COLUMNS, Ledger
 from kdstudy.store import Store
@@ -41,6 +41,9 @@ def test_every_published_place_is_one_of_the_study(ledger):
     for row in pd.read_csv(ROOT / "kdstudy/published/gift_table1.csv").itertuples():
         assert row.stage == "teacher" or row.method in planner.rows(GIFT_SETTING, row.stage)
     assert planner.setting(GIFT_SETTING).ensembles
+    for row in pd.read_csv(ROOT / "kdstudy/published/online.csv").itertuples():
+        assert row.method in planner.rows(row.setting, row.stage), row
+        assert {"ce", "kd"} <= set(planner.rows(row.setting, "response")), row
 
 
 def test_published_gains_are_those_that_the_survey_speaks_of():
@@ -78,10 +81,29 @@ def test_networks_together_count_only_for_the_runs_they_were_scored_for(ledger):
         gift_table(ledger, results)
 
 
+def test_an_online_number_is_held_against_the_network_that_it_is_about():
+    (place,) = online_places()
+    results = pd.concat(
+        [
+            runs(place, "online", "mutual", [74.0, 73.0, 75.0], further='{"ensemble": 99.0, "peer_1": 50.0}'),
+            runs(place, "online", "kdcl_mean_large", [70.0, 72.0], further='{"ensemble": 99.0, "peer_1": 76.0}'),
+            runs("elsewhere", "online", "okddip_branches", [1.0], further="{}"),
+        ]
+    )
+    table = online_table(results).set_index(["source", "networks"])
+    ours, n = table.ours.droplevel(1), table.n.droplevel(1)
+    assert (ours["DML (Zhang et al. 2018)"], n["DML (Zhang et al. 2018)"]) == (74.0, 3)
+    assert table.difference.droplevel(1)["DML (Zhang et al. 2018)"] == pytest.approx(74.0 - 73.68)
+    assert ours["KDCL, mean of logits: ResNet-32"] == 71.0 and ours["KDCL, mean of logits: ResNet-110"] == 76.0
+    assert np.isnan(ours["OKDDip (Chen et al. 2020)"]) and n["OKDDip (Chen et al. 2020)"] == 0
+
+
 def test_tables_are_written_for_the_profile_that_has_their_settings(ledger, tmp_path):
     nothing = runs("none", "none", "none", [])
     assert write_tables(ledger, nothing, "quick", tmp_path) == []
-    assert write_tables(ledger, nothing, "thesis", tmp_path) == ["survey", "gift"]
+    assert write_tables(ledger, nothing, "thesis", tmp_path) == ["survey", "gift", "online"]
     text = (tmp_path / "literature_survey.md").read_text()
     assert "not run" in text and "FSP (Yim et al. 2017)" in text and "+0.79" in text
     assert "69.30" in (tmp_path / "literature_gift.md").read_text()
+    text = (tmp_path / "literature_online.md").read_text()
+    assert "not run" in text and "73.68" in text and "ResNet-32 with ResNet-110" in text
