@@ -23,6 +23,7 @@ from kdstudy.tables import label
 
 STAGE = "budget"
 LABELS, TAUGHT = "budget_ce", "budget_kd"  # what the others are compared with
+NEAR_CHANCE = 2.0  # times the accuracy of guessing
 COUNTED = 16  # images by which multiply-adds are counted
 UNITS = ((1e15, "peta"), (1e12, "tera"), (1e9, "giga"))
 # rows of the stage whose loss is a divergence from somebody's answers
@@ -107,18 +108,16 @@ def cost_table(ledger: Ledger, setting: str, data: DataOnDevice) -> pd.DataFrame
     """
     known: dict[str, Cost] = {}
     rows = []
-    for name in ledger.planner.rows(setting, STAGE):
-        spec, *_ = ledger.final(setting, STAGE, name)
+    firsts = [ledger.final(setting, STAGE, name)[:1] for name in ledger.planner.rows(setting, STAGE)]
+    for spec in (spec for first in firsts for spec in first if ledger.network_epochs(spec) is not None):
         runs = with_teachers(spec)
-        if ledger.network_epochs(spec) is None:
-            continue
         for run in runs.values():
             if run.id not in known:
                 known[run.id] = run_cost(run, data, ledger.store.record(run)["history"])
         total = sum((known[run] for run in runs), Cost())
         scheme = spec.scheme_name
         cells = known[spec.id].network_epochs, total.network_epochs, total.multiply_adds
-        rows.append((name, SCHEMES[scheme].family, scheme, total.networks, *cells))
+        rows.append((spec.row, SCHEMES[scheme].family, scheme, total.networks, *cells))
     heads = ("method", "family", "scheme", "networks", "network_epochs", "all_network_epochs", "multiply_adds")
     return pd.DataFrame(rows, columns=list(heads))
 
@@ -160,13 +159,13 @@ def _step_multiply_adds(scheme: Scheme, phase: Phase, turn: Turn, batch: Batch) 
     return counter.get_total_flops() // 2
 
 
-def generations(planner: Planner, setting: str, count: int, epochs: int) -> list[RunSpec]:
-    """So many networks of the teacher's kind, of `epochs` each: the first learns from labels, each from the last."""
-    first = planner.teacher(setting, planner.setting(setting).seeds[0])
-    chain = [replace(first, recipe=replace(first.recipe, epochs=epochs, milestones=()))]
-    for _ in range(count - 1):
-        chain.append(replace(chain[-1], method="born_again", teacher=chain[-1]))
-    return chain
+def generation(planner: Planner, setting: str, epochs: int, *teachers: RunSpec) -> RunSpec:
+    """A run of so many epochs, for examples: on labels, or on the answers of earlier runs."""
+    base = planner.teacher(setting, planner.setting(setting).seeds[0])
+    base = replace(base, recipe=replace(base.recipe, epochs=epochs, milestones=()))
+    if not teachers:
+        return base
+    return replace(base, method="born_again", teacher=teachers[0], co_teachers=teachers[1:])
 
 
 def points(ledger: Ledger, setting: str) -> pd.DataFrame:
@@ -219,30 +218,39 @@ def _accuracies(results: pd.DataFrame) -> dict[str, pd.Series]:
     return {row: runs.set_index("seed").test_accuracy.astype(float) for row, runs in finals.groupby("method")}
 
 
-def printed(frame: pd.DataFrame) -> Markdown:
-    """`budget_table` in print."""
+def costs_printed(frame: pd.DataFrame) -> Markdown:
+    """What the rows of `budget_table` cost, in print."""
     if frame.empty:
         return Markdown(f"No row of the stage `{STAGE}` has been run.")
     scale, unit = unit_of(frame.multiply_adds.max())
     shown = {
+        "row": frame.method.map(label),
         "family": frame.family.str.replace("_", "-"),
         "scheme": frame.scheme,
-        "row": frame.method.map(label),
         "networks trained": frame.networks,
         "network-epochs, own": frame.network_epochs,
         "in all": frame.all_network_epochs,
-        f"multiply-adds ({unit})": frame.multiply_adds / scale,
+        f"multiply-adds in all ({unit})": frame.multiply_adds / scale,
         "deployed parameters": [f"{count:,.0f}" for count in frame.student_parameters],
-        "test accuracy (%) [95 % interval]": [
-            _spanned(*row, ".2f") for row in zip(frame.test_accuracy, frame.ci_low, frame.ci_high, strict=True)
-        ],
+    }
+    return table(pd.DataFrame(shown), "What was trained, and what that cost", floatfmt=".3g")
+
+
+def results_printed(frame: pd.DataFrame) -> Markdown:
+    """How good the rows of `budget_table` are, in print."""
+    if frame.empty:
+        return Markdown(f"No row of the stage `{STAGE}` has been run.")
+    shown = {
+        "row": frame.method.map(label),
+        "scheme": frame.scheme,
+        "test accuracy (%) [95 % interval]": _spanned(frame, "test_accuracy", "ci", ".2f"),
         "n": frame.n,
-        f"less {label(LABELS)} (points)": _differences(frame, "ce"),
+        f"less {label(LABELS)} (points)": _spanned(frame, "ce", "ce", "+.2f"),
         "p (Holm)": _p_values(frame.ce_p),
-        f"less {label(TAUGHT)} (points)": _differences(frame, "kd"),
+        f"less {label(TAUGHT)} (points)": _spanned(frame, "kd", "kd", "+.2f"),
         "p (Holm) ": _p_values(frame.kd_p),
     }
-    return table(pd.DataFrame(shown), "Schemes under one budget; last epoch", floatfmt=".3g")
+    return table(pd.DataFrame(shown), "Students on this budget; last epoch, paired differences")
 
 
 def unit_of(largest: float) -> tuple[float, str]:
@@ -250,15 +258,11 @@ def unit_of(largest: float) -> tuple[float, str]:
     return next(((scale, unit) for scale, unit in UNITS if largest >= scale), UNITS[-1])
 
 
-def _differences(frame: pd.DataFrame, name: str) -> list[str]:
-    columns = (frame[column] for column in (name, f"{name}_low", f"{name}_high"))
-    return [_spanned(*row, "+.2f") for row in zip(*columns, strict=True)]
-
-
-def _spanned(mean: float, low: float, high: float, form: str) -> str:
-    if np.isnan(mean):
-        return "-"
-    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+def _spanned(frame: pd.DataFrame, mean: str, limits: str, form: str) -> list[str]:
+    """Means with their limits, "-" where there is none."""
+    rows = zip(frame[mean], frame[f"{limits}_low"], frame[f"{limits}_high"], strict=True)
+    spans = [(mean, "" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]") for mean, low, high in rows]
+    return ["-" if np.isnan(mean) else f"{mean:{form}}{span}" for mean, span in spans]
 
 
 def _p_values(values: pd.Series) -> list[str]:
@@ -272,7 +276,7 @@ def shared_losses(planner: Planner, setting: str) -> dict[str, list[str]]:
     of each scheme the first row.
     """
     stage = planner.rows(setting, STAGE)
-    groups = {"answers, by a divergence": [row for row in stage if row in ANSWERS]}
+    groups = {"Answers, by a divergence": [row for row in stage if row in ANSWERS]}
     by_method: dict[str, dict[str, str]] = {}
     for other in planner.params.methods:
         for row in planner.rows(setting, other) if other != STAGE else ():
@@ -306,12 +310,12 @@ def spending_reading(frame: pd.DataFrame, allowed: int) -> Markdown:
     if frame.empty:
         return Markdown(f"- No row of the stage `{STAGE}` has been run.")
     spent = frame.all_network_epochs
-    others = {"less": frame[spent < allowed], "more": frame[spent > allowed]}
-    exceptions = [f"{word} {_listed(rows)}" for word, rows in others.items() if len(rows)]
+    others = {"Less": frame[spent < allowed], "More": frame[spent > allowed]}
+    exceptions = "".join(f" {word}: {_listed(rows)}." for word, rows in others.items() if len(rows))
     least, most = frame.loc[frame.multiply_adds.idxmin()], frame.loc[frame.multiply_adds.idxmax()]
     lines = [
-        f"- The budget is {allowed} network-epochs, and {(spent == allowed).sum()} of {len(frame)} rows spend just "
-        f"that{': '.join(['', '; '.join(exceptions)]) if exceptions else ''}.",
+        f"- The budget is {allowed} network-epochs; {(spent == allowed).sum()} of {len(frame)} rows spend all of it."
+        f"{exceptions}",
         f"- In multiply-adds the rows are not equal: {label(most.method)} takes "
         f"{most.multiply_adds / least.multiply_adds:.1f} times those of {label(least.method)}.",
     ]
@@ -329,7 +333,7 @@ def _listed(rows: pd.DataFrame) -> str:
     return ", ".join(f"{label(row.method)} ({row.all_network_epochs})" for row in rows.itertuples())
 
 
-def budget_reading(frame: pd.DataFrame, results: pd.DataFrame, profile: str) -> Markdown:
+def budget_reading(frame: pd.DataFrame, results: pd.DataFrame, classes: int, profile: str) -> Markdown:
     """What schemes are worth under this budget, as far as `budget_table` and the runs behind it say."""
     if frame.empty:
         return Markdown(f"- No row of the stage `{STAGE}` has been run.")
@@ -337,6 +341,7 @@ def budget_reading(frame: pd.DataFrame, results: pd.DataFrame, profile: str) -> 
     lines = [
         f"- The mean test accuracies go from {last.test_accuracy:.2f} % ({label(last.method)}) to "
         f"{first.test_accuracy:.2f} % ({label(first.method)}), n = {frame.n.max()} seeds at most.",
+        *_guessing(frame, 100 / classes),
         *(_verdict(frame, column, reference) for column, reference in (("ce", LABELS), ("kd", TAUGHT))),
     ]
     questions = {
@@ -357,6 +362,16 @@ def budget_reading(frame: pd.DataFrame, results: pd.DataFrame, profile: str) -> 
             "tiny networks, so that it runs on a laptop. Which scheme is ahead here need not be ahead elsewhere."
         )
     return Markdown("\n".join(lines))
+
+
+def _guessing(frame: pd.DataFrame, chance: float) -> list[str]:
+    """Who has hardly begun to learn."""
+    poor = frame[frame.test_accuracy < NEAR_CHANCE * chance]
+    return [
+        f"- {label(row.method)} is near guessing ({row.test_accuracy:.2f} %, where {chance:.2f} % is chance): for this "
+        "row the budget is too small to say anything of its scheme but that."
+        for row in poor.itertuples()
+    ]
 
 
 def _verdict(frame: pd.DataFrame, column: str, reference: str) -> str:
@@ -386,10 +401,11 @@ def worth_reading(frame: pd.DataFrame) -> Markdown:
     """Under which scheme each shared loss is worth most, from `worth`, and what that cost."""
     lines = []
     for shared, rows in frame.groupby("shared", sort=False):
-        order = rows.sort_values("difference", ascending=False, kind="stable")
-        named = ", ".join(
-            f"`{row.scheme}` {row.difference:+.2f} ({label(row.method)}, {row.all_network_epochs:.0f} network-epochs)"
-            for row in order.itertuples()
-        )
-        lines.append(f"- {shared[0].upper()}{shared[1:]}: {named}.")
+        most, least = rows.loc[rows.difference.idxmax()], rows.loc[rows.difference.idxmin()]
+        lines.append(f"- {shared}: most by {_row_worth(most)}, least by {_row_worth(least)}, of {len(rows)} rows.")
     return Markdown("\n".join(lines) or "- No loss has been run under more than one scheme.")
+
+
+def _row_worth(row: pd.Series) -> str:
+    cost = f"{row.all_network_epochs:.0f} network-epochs"
+    return f"{label(row.method)} under `{row.scheme}` ({row.difference:+.2f} points, {cost})"

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from kdstudy.budget import STAGE, unit_of
+from kdstudy.budget import LABELS, STAGE, unit_of
 from kdstudy.figures import BLUE, GREEN, GRID, INK, ORANGE, SIDESTEP, SOFT, WIDTH, styled
 from kdstudy.study import SCHEMES
 from kdstudy.tables import label
@@ -53,13 +53,13 @@ def _limits(accuracies: pd.Series) -> tuple[float, float]:
 
 def _all_rows(ax: Axes, points: pd.DataFrame, allowed: int, low: float) -> None:
     ax.axvline(allowed, color=SOFT, lw=0.8, ls="--", zorder=0)
-    ax.text(
-        allowed, 1.01, f"budget: {allowed}", ha="center", fontsize=8, color=SOFT, transform=ax.get_xaxis_transform()
-    )
+    note = {"ha": "center", "fontsize": 8, "color": SOFT, "transform": ax.get_xaxis_transform()}
+    ax.text(allowed, 1.01, f"budget: {allowed}", **note)
     for (cost, _), those in points.groupby(["all_network_epochs", points.test_accuracy < low]):
         # rows of equal cost would hide each other
-        places = cost * SIDESTEP ** np.linspace(-1, 1, len(those) + 2)[1:-1]
-        for place, row in zip(places, those.itertuples(), strict=True):
+        width = min(1.0, len(those) / 10)
+        places = cost * SIDESTEP ** np.linspace(-width, width, len(those))
+        for place, row in zip(places if len(those) > 1 else [cost], those.itertuples(), strict=True):
             _point(ax, place, row, low)
     ax.set_xlabel("network-epochs, with all runs that teach")
     _plain_ticks(ax, points.all_network_epochs)
@@ -93,7 +93,7 @@ def _stage_rows(ax: Axes, frame: pd.DataFrame, limits: tuple[float, float]) -> N
         hidden = row.test_accuracy < low
         ax.plot(x, y, "v" if hidden else marker, color=color, mec=INK, mew=0.9, ms=7, zorder=3, clip_on=False)
         note = {"xytext": (1.03, height), "textcoords": ax.get_yaxis_transform(), "va": "center", "fontsize": 8}
-        arrow = {"arrowstyle": "-", "color": GRID, "lw": 0.8, "shrinkB": 4}
+        arrow = {"arrowstyle": "-", "color": SOFT, "lw": 0.5, "shrinkB": 4}
         text = f"{row.test_accuracy:.1f}  {label(row.method)}"
         ax.annotate(text, (x, y), color=color, arrowprops=arrow, annotation_clip=False, **note)
     ax.set_xlabel(f"multiply-adds ({unit}), with all runs that teach")
@@ -152,9 +152,8 @@ def worth_by_scheme(worth: pd.DataFrame) -> Figure:
         place += 1
     ax.set_yticks(list(names), list(names.values()))
     ax.set(xlim=limits, ylim=(place - 0.5, -0.6))
-    ax.set_xlabel(
-        f"test accuracy, paired difference to {label('budget_ce')} (points); in brackets scheme, network-epochs"
-    )
+    reference = label(LABELS)
+    ax.set_xlabel(f"paired difference to {reference} (points of test accuracy); in brackets scheme, network-epochs")
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)

@@ -312,10 +312,11 @@ def _interval(
 
 
 @styled
-def method_curves(histories: pd.DataFrame) -> Figure:
+def method_curves(histories: pd.DataFrame, lowest: float | None = None) -> Figure:
     """Test accuracy (percent) by epoch: a panel per method and a line per final run, in blue.
 
-    Behind them in grey, in every panel, the means of the CE student (dashed) and of vanilla KD.
+    Behind them in grey, in every panel, the means of the CE student (dashed) and of vanilla KD. The lowest accuracies
+    are left out unless `lowest` says where the axis begins.
     """
     runs = _final_runs(histories)
     methods = list(dict.fromkeys(run.method.iloc[0] for run in runs))
@@ -334,6 +335,8 @@ def method_curves(histories: pd.DataFrame) -> Figure:
     for ax in axes[len(methods) :]:
         ax.axis("off")
     axes[0].set_ylim(*_accuracy_limits(runs))
+    if lowest is not None:
+        axes[0].set_ylim(bottom=lowest)
     axes[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("test accuracy (%)", fontsize=9)

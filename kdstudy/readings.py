@@ -237,11 +237,12 @@ def weights_reading(planner: Planner, setting: str, stage: str) -> Markdown:
     tuned = [label(row) for row in rows if planner.tuning(setting, stage, row)]
     by_hand = [label(row) for row in rows if row in own and not planner.tuning(setting, stage, row)]
     except_for = f" but {', '.join(tuned + by_hand)}" if tuned or by_hand else ""
-    lines = [
-        f"- The numbers of vanilla KD {kd}. The rows of this stage{except_for} have the weights of their papers or "
-        "authors, made for other images and other networks. A row that is behind here may be a good method with a "
-        "wrong weight."
-    ]
+    lines = [f"- The numbers of vanilla KD {kd}."]
+    if len(tuned + by_hand) < len(rows):
+        lines[0] += (
+            f" The rows of this stage{except_for} have the weights of their papers or authors, made for other images "
+            "and other networks. A row that is behind here may be a good method with a wrong weight."
+        )
     if by_hand:
         lines.append(f"- Set by hand for this setting, in `params.yaml`: {', '.join(by_hand)}.")
     return Markdown("\n".join(lines))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdstudy.answers import load_trained
 from kdstudy.data import BlankBank, ImageBank
 from kdstudy.device import DataOnDevice
-from kdstudy.impressions import as_bytes, class_similarity
+from kdstudy.impressions import BETAS, as_bytes, class_similarity, draw_targets
 from kdstudy.lesson import table
 from kdstudy.relations import spread
 from kdstudy.results import Ledger
@@ -197,12 +197,16 @@ def gaps(images: np.ndarray, real: np.ndarray) -> np.ndarray:
     return torch.stack(nearest).numpy() / rows.shape[1] ** 0.5
 
 
-def samples(kinds: Mapping[str, Kind], class_names: Sequence[str], columns: int = 10) -> Rows:
-    """Images of each origin, of up to `columns` classes as the teacher sees them, with what it sees as captions."""
-    classes = spread(len(class_names), columns)
-    rows = {}
+def samples(
+    kinds: Mapping[str, Kind], class_names: Sequence[str], of: Mapping[str, str] | None = None, columns: int = 10
+) -> Rows:
+    """Images of each origin, of up to `columns` classes as the teacher sees them, with what it sees as captions.
+
+    `of` names origins whose images belong to those of another one: the same are picked.
+    """
+    classes, rows = spread(len(class_names), columns), {}
     for name, kind in kinds.items():
-        picked = kind.sample(classes)
+        picked = kinds[(of or {}).get(name, name)].sample(classes)
         sure = kind.probabilities.amax(dim=1)
         captions = [f"{class_names[kind.seen[index]]}: {100 * sure[index]:.0f} %" for index in picked]
         rows[name] = kind.images[picked], captions
@@ -255,7 +259,7 @@ def duel_reading(duel: Duel) -> Markdown:
     first, last = turns.first(), turns.last()
     before, raised, lowered = first[GENERATOR].mean(), first["student"].mean(), last["student"].mean()
     return Markdown(
-        f"- Means over the first {len(last['student'])} pseudo-batches: images of new noise begin at {before:.3f} nats, "
+        f"- Over the first {len(last['student'])} pseudo-batches: images of new noise begin at {before:.3f} nats, "
         f"the generator's step moves that to {raised:.3f}, and the student's steps on these images to {lowered:.3f}.\n"
         f"- At the end {100 * duel.beyond:.1f} % of the values that the generator makes are darker than black or "
         "brighter than white. Nothing holds it to what a picture can be."
@@ -267,10 +271,22 @@ def likeness(teacher: nn.Module) -> Tensor:
     return class_similarity(teacher.classifier.weight.detach().double().cpu())
 
 
+def _partners(similarity: Tensor) -> torch.return_types.max:
+    """For each class, how much like it the likest other one is, and which that is."""
+    return similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -1.0).max(dim=1)
+
+
+def drawn_targets(teacher: nn.Module, class_names: Sequence[str], count: int = 20) -> dict[str, Tensor]:
+    """So many targets (N, C) as impressions are made for, with each beta, of the class that is most like another."""
+    weight, classes = teacher.classifier.weight.detach().double().cpu(), len(class_names)
+    of = int(_partners(likeness(teacher)).values.argmax())
+    drawn = draw_targets(weight, count * len(BETAS) * classes, torch.Generator().manual_seed(0))[of::classes]
+    return {f"targets of {class_names[of]}, beta {b:g}": drawn[k :: len(BETAS)] for k, b in enumerate(BETAS)}
+
+
 def likeness_reading(similarity: Tensor, class_names: Sequence[str], pairs: int = 3) -> Markdown:
     """Which other class is most like a class, by the classifier's weights."""
-    others = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -1.0)
-    values, partners = others.max(dim=1)
+    values, partners = _partners(similarity)
     first = values.argsort(descending=True, stable=True)[:pairs].tolist()
     listed = ", ".join(f"{class_names[partners[c]]} for {class_names[c]} ({values[c]:.2f})" for c in first)
     return Markdown(f"- Most like another class, of 0 to 1: {listed}.")

@@ -145,6 +145,12 @@ def test_every_method_gets_a_panel_with_its_seeds_over_the_means_of_both_referen
     assert list(kd_mean) == [60 + 5 * epoch + 2.5 for epoch in range(6)]
 
 
+def test_the_lowest_accuracies_are_left_out_unless_they_are_asked_for():
+    frame = histories(("mine", 0, "final"), epochs=9)
+    assert figures.method_curves(frame).axes[0].get_ylim()[0] > frame.test_accuracy.min()
+    assert figures.method_curves(frame, lowest=0.0).axes[0].get_ylim()[0] == 0
+
+
 @pytest.mark.parametrize("draw", [figures.learning_curves, figures.method_curves])
 def test_curves_of_no_runs_at_all_can_be_drawn(draw, tmp_path):
     figures.show(draw(pd.DataFrame()), tmp_path / "none.png")

@@ -167,7 +167,8 @@ def test_the_lists_of_differences_come_from_the_docstrings_and_a_missing_one_is_
 
 def test_source_is_shown_without_the_place_it_comes_from():
     text = lesson.source(Recipe.learning_rate_at).data
-    assert text.startswith("```python\ndef learning_rate_at(self") and text.endswith("\n```") and "/" not in text
+    assert text.startswith("```python\ndef learning_rate_at(self") and text.endswith("\n```")
+    assert ".py" not in text
 
 
 def on_shares(*rows: tuple[float, str, str, str, list[float]]) -> pd.DataFrame:
@@ -337,6 +338,9 @@ def test_numbers_set_by_hand_for_a_setting_are_not_called_those_of_a_paper(plann
     text = readings.weights_reading(planner, "digits", "feature").data
     assert f"this stage but {names} have" in text and f"by hand for this setting, in `params.yaml`: {names}." in text
     assert "by hand" not in readings.weights_reading(planner, "digits_equal", "feature").data
+    assert set(planner.rows("digits", "data_free")) <= set(planner.setting("digits").overrides)
+    everything = readings.weights_reading(planner, "digits", "data_free").data
+    assert "papers" not in everything and "by hand for this setting" in everything
 
 
 def test_an_exit_is_scored_on_test_images_and_its_edits_counted_on_those_that_a_student_sees():

@@ -31,7 +31,9 @@ FLOORS = tuple(
         "insides relations tables",
         "companions",
         "figures lesson literature readings report",
-        "oneself pages scheme_figures together tree_figures unseen unseen_figures",
+        "budget combinations oneself pages scheme_figures students students_figures together tree_figures unseen "
+        "unseen_figures",
+        "budget_figures",
         "__main__",
     )
 )
