@@ -15,7 +15,7 @@ from kdstudy.lesson import table
 from kdstudy.models import build_model
 from kdstudy.params import Params, Row
 from kdstudy.schemes import Batch, Cast, Scheme, Turn
-from kdstudy.study import METHODS, SCHEMES, build_method, scheme_of
+from kdstudy.study import METHODS, SCHEMES, build_method, build_options, scheme_of
 
 STUDENT, TEACHER, BOOSTER = "wrn_10_0.25", "wrn_10_0.5", "wrn_16_0.25"
 # student, teacher and number of teachers of methods that are not defined for the pair above
@@ -77,7 +77,8 @@ def _tiny_scheme(scheme: str, key: str, method: Method, options: Mapping[str, ob
     build = partial(build_model, classes=4, channels=1, image_size=8)
     partners = ((BOOSTER if student == STUDENT else student),) if scheme == "launch" else ()
     teachers = [build(teacher) for _ in range(count)] if cls.needs_teacher else []
-    return cls.assemble(Cast(build, student, partners, teachers), method, _tiny_batch(), cls.options(**options))
+    cast = Cast(build, student, partners, teachers)
+    return cls.assemble(cast, method, _tiny_batch(), build_options(key, scheme, options))
 
 
 def _tiny_batch() -> Batch:

@@ -64,6 +64,8 @@ class BeYourOwnTeacher(Method):
         width, own = student.maps[-1].shape[1], student.embedding.shape[1]
         if width != own:
             raise ValueError(f"heads match the last stage's {width} channels, but this network's embedding has {own}")
+        if teacher.embedding.shape[1] != own:
+            raise ValueError("the network is its own teacher: no other's embedding can take the place of its own")
         return nn.ModuleDict({"heads": heads})
 
     def loss(self, student: View, teacher: View, labels: Tensor, adapters: nn.ModuleDict) -> Tensor:

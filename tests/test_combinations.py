@@ -47,7 +47,7 @@ def test_what_was_tried_is_possible_and_what_a_method_is_made_for_too(cells):
         ("ensemble", "launch", "ensemble of teachers"),
         ("crd", "munged", "reads indices"),
         ("few_sample", "impressions", "trains nothing"),
-        ("collaborative_teaching", "peers", "scratch teacher"),
+        ("collaborative_teaching", "peers", "only be trained under scheme collaborative"),
         ("kd", "peers", ""),
         ("attention", "impressions", ""),
         ("mlkd", "munged", ""),
