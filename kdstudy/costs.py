@@ -90,7 +90,7 @@ def step_costs(
         for row in planner.rows(setting, stage):
             spec = planner.final(setting, stage, row, {})[0]
             if spec.images != 1 or SCHEMES[spec.scheme_name].family not in ("none", "offline"):
-                continue  # a step costs what it costs on all images, and one of several networks is no step of vanilla KD
+                continue  # a step costs what it costs on all images, and is compared where one network is trained
             tell(f"{stage} {row}")
             step = _Step(spec, batch, classes)
             for phase in step.scheme.phases():

@@ -150,7 +150,7 @@ def build_method(key: str, **hyperparameters: Any) -> Method:
 
 
 def build_options(method: str, scheme: str, options: Mapping[str, Any]) -> Any:
-    """A scheme's options. Raises ValueError for an unknown scheme, option or value, and a method that cannot be used."""
+    """A scheme's options. Raises ValueError for an unknown scheme, option or value, and a method bound to another."""
     cls, own = look_up("scheme", scheme, SCHEMES), METHODS[method]
     if own.bound and scheme != own.scheme:
         raise ValueError(f"{method} can only be trained under scheme {own.scheme}, not {scheme}")
