@@ -87,7 +87,7 @@ def test_a_plateau_never_watches_the_test_set(planner):
 def test_a_setting_limits_its_rows(planner):
     rows = planner.rows("cifar10_resnet50", "response")
     assert "relative_v2" in rows and "relative_v3" not in rows
-    assert planner.rows("digits", "response") == list(planner.params.methods["response"])
+    assert planner.rows("cifar10_wrn_16_1", "response") == list(planner.params.methods["response"])
 
 
 def test_choice_takes_the_best_validation_and_breaks_ties_alike(planner):

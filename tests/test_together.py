@@ -28,7 +28,8 @@ def test_every_row_says_who_follows_whom(planner):
         "first peer",
     ]
     assert line(text, "mutual_alternate")[2].endswith("one steps after the other")
-    assert line(text, "mutual_4_ensemble")[1:3] == ["4 x wrn_10_0.25", "each follows all others as one"]
+    dear = roles_table(planner, "cifar10_wrn_16_1").data
+    assert line(dear, "mutual_4_ensemble")[1:3] == ["4 x wrn_16_1", "each follows all others as one"]
     assert line(text, "mutual_large")[1] == "wrn_10_0.25, wrn_10_1"
     stale = "each follows all others as one; labels alone for 10% of the epochs; copies, anew every 50 steps"
     assert line(text, "codistillation")[2:4] == [stale, "own images"]
@@ -36,7 +37,7 @@ def test_every_row_says_who_follows_whom(planner):
     leader = "all but the leader follow each other; the leader follows their mean"
     assert line(text, "okddip_branches")[1:3] == ["4 x wrn_10_0.25, stem and 2 stages shared", leader]
     assert line(text, "okddip")[4] == "leader"
-    assert line(text, "afd_3")[1:3] == ["3 x wrn_10_0.25", "each follows the one before it, in a cycle"]
+    assert line(dear, "afd_3")[1:3] == ["3 x wrn_16_1", "each follows the one before it, in a cycle"]
     assert line(text, "rocket")[1:] == [
         "wrn_10_0.25, wrn_16_0.25",
         "the light net follows the booster",
