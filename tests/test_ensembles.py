@@ -9,11 +9,12 @@ from batches import STUDENT_A, TEACHER_A, TOLERANCE, batch_a, deterministic, ora
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from test_methods import batch_of, make_scheme, network, teacher_for, total, toy_bank
+from test_methods import batch_of, make_scheme, network, steps, teachers_for, toy_bank, value
 from torch import nn
 
 from kdstudy.core import View
 from kdstudy.ensembles import AdaptiveEnsemble, AveragedTeachers, agreeing_weights
+from kdstudy.models import Ensemble
 from kdstudy.recipe import Recipe
 from kdstudy.schemes import Offline
 from kdstudy.train import Training
@@ -362,7 +363,8 @@ def test_a_bad_hyperparameter_is_named(kind, field, value):
 @pytest.mark.parametrize("method", [AdaptiveEnsemble(hint_weight=10.0), AdaptiveEnsemble(normalise=True)], ids=repr)
 def test_an_ensemble_teaches_a_student_to_the_end(method):
     torch.manual_seed(0)
-    scheme = Offline(network("wrn_10_0.25", torch.float64), teacher_for("aekd", torch.float64), method, batch_of(16))
+    student = network("wrn_10_0.25", torch.float64)
+    scheme = Offline(student, Ensemble(teachers_for("aekd", torch.float64)), method, batch_of(16))
     recipe = Recipe(epochs=4, batch=16, learning_rate=0.05, crop_padding=1, precision="fp64")
     history = Training(scheme, recipe, toy_bank(50), seed=0, watch={}).run()
     assert history[-1]["ce"] < history[0]["ce"] and history[-1]["kd"] < 1
@@ -376,6 +378,7 @@ def test_no_member_is_moved_or_put_into_train_mode():
     before = {name: x.clone() for name, x in teacher.state_dict().items()}
     (phase,) = scheme.phases()
     scheme.train()
-    total(scheme, phase, batch_of()).backward()
+    ((_, turn),) = steps(scheme)
+    value(scheme, phase, turn, batch_of()).backward()
     assert len(teacher.networks) == 3 and not any(module.training for module in teacher.modules())
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
