@@ -566,7 +566,7 @@ def test_a_record_names_partners_and_their_sizes(folder):
         ({"method": "attention", "scheme": {"name": "peers"}}, "first peer", 4, PEERS),
         ({"method": "fitnets", "stage": 1, "scheme": {"name": "peers"}}, "first peer", 2 + 4, {*PEERS, "adapters"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_a_record_counts_the_epochs_of_every_network_and_phase(folder, row, deployed, network_epochs, trained):
     networks = {"student": "cnn_small"} if row["method"] == "fitnets" else {"student": "wrn_10_1"}

@@ -17,6 +17,11 @@ ROWS = {
     "feature": ["attention", "tofd", "reused_classifier", "heads_plain", "heads_v2", "heads_v4", "heads_labels"],
     "relation": ["fsp", "similarity", "collaborative_teaching"],
     "few_data": ["ce_10", "kd_10", "few_sample_10"],
+    "online": ["mutual", "rocket"],
+    "self": ["own_teacher", "born_again_1"],
+    "data_free": ["munge"],
+    "students": ["edges", "quantised", "tree"],
+    "budget": ["budget_ce", "budget_kd", "budget_mutual"],
 }
 pytestmark = pytest.mark.pipeline
 
@@ -91,7 +96,7 @@ def test_it_leaves_results_tables_figures_notebooks_and_a_page(clone):
     reports = clone.folder / "reports/quick"
     for pattern in ("tables/comparison_digits.csv", "tables/comparison_digits.md", "tables/comparison_digits.tex"):
         assert (reports / pattern).exists()
-    assert len(list(reports.glob("notebooks/*.ipynb"))) == 2 * 5 + 1
+    assert len(list(reports.glob("notebooks/*.ipynb"))) == 10 + 4 + 1  # digits, digits_equal, tables
     assert len(list(reports.glob("figures/**/*.png"))) >= 15
     page = (reports / "report.html").read_text()
     assert "<img" in page and 'src="http' not in page
