@@ -180,6 +180,10 @@ class Method(ABC):
         `plain_batches` are the training images, in the order of the tap `census`, which `adapters` may have kept.
         """
 
+    def prepares(self) -> bool:
+        """Whether a trained teacher or the training images are looked at before training."""
+        return any(getattr(type(self), hook) is not getattr(Method, hook) for hook in ("calibrate", "initialise"))
+
     def unite(self, members: tuple[View, ...], labels: Tensor, adapters: nn.ModuleDict) -> Tensor:
         """The logits (B, C) of several networks that teach as one: by default the log of their mean probabilities."""
         answers = torch.stack([member.logits for member in members]).log_softmax(dim=2)

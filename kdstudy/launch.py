@@ -46,8 +46,7 @@ class Launch(Taught):
         Raises ValueError for a method whose teacher must be finished, and for nets that cannot share a convolution.
         """
         super().__init__(light, method)
-        prepares = any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("calibrate", "initialise"))
-        if not method.needs_teacher or prepares or "network" in method.reads:
+        if not method.needs_teacher or method.prepares() or "network" in method.reads:
             raise ValueError(f"{type(method).__name__} needs a teacher that is finished, or none: a booster is neither")
         self.booster = booster.eval()
         if options.share:

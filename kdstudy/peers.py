@@ -94,8 +94,7 @@ class Peers(Scheme):
 
     def _check(self) -> None:
         method, name = self.method, type(self.method).__name__
-        prepares = any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("calibrate", "initialise"))
-        if not method.needs_teacher or prepares or method.deploys or "network" in method.reads:
+        if not method.needs_teacher or method.prepares() or method.deploys or "network" in method.reads:
             raise ValueError(f"{name} cannot be used between peers: it needs a teacher that is finished, or none")
         shown = {"logits", "members", "embedding"} if "members" in method.reads else {"logits"}
         if self._together and not set(method.reads) <= shown:
@@ -122,11 +121,15 @@ class Peers(Scheme):
     def _numbers(self) -> range:
         return range(len(self.peers))
 
+    @property
+    def _teaching(self) -> range:
+        """All peers that teach: a leader does not."""
+        return self._numbers[1:] if self._options.leader else self._numbers
+
     def _group(self, student: int) -> tuple[int, ...]:
         """The peers that teach one of them."""
-        group = self._numbers[1:] if self._options.leader else self._numbers
         itself = self._together and self.method.counts_itself
-        return tuple(number for number in group if number != student or itself)
+        return tuple(number for number in self._teaching if number != student or itself)
 
     def phases(self) -> tuple[Phase, ...]:
         """The method's phases, for every peer."""
@@ -150,8 +153,7 @@ class Peers(Scheme):
         if self.method.needs_held_out():
             if held_out is None:
                 raise ValueError("the peers are weighed on held-out images: set the data set's `validation` above 0")
-            group = self._numbers[1:] if self._options.leader else self._numbers
-            answers = tuple(View(logits_of(self.peers[number], held_out)) for number in group)
+            answers = tuple(View(logits_of(self.peers[number], held_out)) for number in self._teaching)
             self.method.weigh(self.adapters, answers, held_out.labels)
 
     def begin_step(self, step: int) -> None:

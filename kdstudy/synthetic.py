@@ -329,7 +329,7 @@ class Munged(Offline):
 def _require_made_images(method: Method, taps: Iterable[str]) -> None:
     """Raise a ValueError for a method that measures the real images before training, or reads one of these taps."""
     name = type(method).__name__
-    if any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("calibrate", "initialise")):
+    if method.prepares():
         raise ValueError(f"{name} measures the training images before training, and here the student has none")
     wanted = [tap for tap in taps if tap in method.reads]
     if wanted:
