@@ -203,5 +203,5 @@ def _first_epoch(network: nn.Module, bank: ImageBank, spec: RunSpec, batch: int 
     augmentation = {"padding": recipe.crop_padding, "flip": recipe.flip}
     draws = Draws.make(seed=spec.seed, stream=0, epochs=1, images=len(bank), device=device, **augmentation)
     network.eval()
-    batches = [draws.batch(0, start, start + batch) for start in range(0, len(bank), batch)]
+    batches = [draws.batch(draws.rows(0, start, start + batch)) for start in range(0, len(bank), batch)]
     return draws.order[0].long(), torch.cat([network(bank.augmented(*drawn)).logits for drawn in batches])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -124,18 +125,33 @@ class Draws:
         strong: bool = False,
     ) -> "Draws":
         """Draw on the CPU, then move to the device. Streams of one seed are unrelated; `strong` changes no other."""
-        parts = [_epoch_draws(seed, stream, epoch, images, padding, flip, strong) for epoch in range(epochs)]
-        drawn = [torch.from_numpy(np.stack(part)).to(device) for part in zip(*parts, strict=True)]
-        return cls(*drawn[:3], StrongDraw(*drawn[3:]) if strong else None)
+        return _draw(seed, stream, epochs, images, padding, flip, device, strong)
 
-    def batch(self, epoch: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(index, shift, flip) of positions start..stop of an epoch, ready for `ImageBank.augmented`."""
-        at = slice(start, stop)
-        return self.order[epoch, at].long(), self.shift[epoch, at].long(), self.flip[epoch, at]
+    def rows(self, epoch: int, start: int, stop: int) -> slice:
+        """Positions start..stop of an epoch, counted over all epochs."""
+        before = epoch * self.order.shape[1]
+        return slice(before + start, before + stop)
 
-    def strong_batch(self, epoch: int, start: int, stop: int) -> StrongDraw | None:
-        """What `ImageBank.strong` needs for the same positions; None if it was not drawn."""
-        return self.strong and StrongDraw(*(part[epoch, start:stop] for part in self.strong))
+    def batch(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(index, shift, flip) of these rows, ready for `ImageBank.augmented`.
+
+        `rows` counts positions over all epochs; as a tensor (B,) on the device it can change inside a captured step.
+        """
+        order, shift, flip = (part.flatten(0, 1)[rows] for part in (self.order, self.shift, self.flip))
+        return order.long(), shift.long(), flip
+
+    def strong_batch(self, rows: slice | Tensor) -> StrongDraw | None:
+        """What `ImageBank.strong` needs for the same rows; None if it was not drawn."""
+        return self.strong and StrongDraw(*(part.flatten(0, 1)[rows] for part in self.strong))
+
+
+@lru_cache(maxsize=4)  # runs of one seed take the same draws, one after the other and side by side
+def _draw(
+    seed: int, stream: int, epochs: int, images: int, padding: int, flip: bool, device: torch.device, strong: bool
+) -> Draws:
+    parts = [_epoch_draws(seed, stream, epoch, images, padding, flip, strong) for epoch in range(epochs)]
+    drawn = [torch.from_numpy(np.stack(part)).to(device) for part in zip(*parts, strict=True)]
+    return Draws(*drawn[:3], StrongDraw(*drawn[3:]) if strong else None)
 
 
 def _epoch_draws(

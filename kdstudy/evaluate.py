@@ -32,6 +32,11 @@ def logits_of(network: nn.Module, images: ImageBank, batch: int = 500) -> Tensor
     return logits
 
 
+def count_hits(network: nn.Module, images: ImageBank) -> Tensor:
+    """How many images' largest logit is the label's, a scalar on the device."""
+    return (logits_of(network, images).argmax(dim=1) == images.labels).sum()
+
+
 def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Scores:
     """Score (N, C) logits against (N,) labels.
 

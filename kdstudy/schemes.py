@@ -30,6 +30,8 @@ class Batch(NamedTuple):
     strong: Tensor | None = None  # the same images, strongly augmented, for schemes that ask for them
     census: Tensor | None = None  # (N,) int64, the labels of all training images; in the sample that sizes adapters
     others: "tuple[Batch, ...]" = ()  # those of the 2nd, 3rd ... peer, for schemes that ask for several
+    crop: tuple[Tensor, Tensor] | None = None  # shift (B, 2) and flip (B,) by which they were augmented
+    seen: dict[nn.Module, View] | None = None  # views of its images that are known already, where runs share it
 
 
 def sample_batch(bank: ImageBank, size: int) -> Batch:
@@ -93,6 +95,15 @@ class Losses(NamedTuple):
     terms: Mapping[str, Tensor]  # named, weighted scalars; their sum is minimised
     counts: Mapping[str, Tensor]  # named numbers of images, for the history; "correct" belongs to the deployed network
 
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return sum(self.terms.values())
+
+    def noted(self, images: int) -> dict[str, Tensor]:
+        """Terms and counts summed over the images of the batch."""
+        return {name: term * images for name, term in self.terms.items()} | dict(self.counts)
+
 
 class Scheme(nn.Module, ABC):
     """All networks of a run and the rule by which they learn.
@@ -152,6 +163,13 @@ class Scheme(nn.Module, ABC):
     def begin_step(self, step: int) -> None:
         """Whatever must be done before the 0-based `step` of a phase, counted over its epochs."""
 
+    def share(self, batch: Batch, half: torch.dtype | None) -> None:
+        """Add to `batch.seen` the views that other runs of the cohort need, too."""
+
+    def whole_student(self, phase: Phase) -> nn.Module | None:
+        """The network whose view of the batch is all that the losses need of it, if it is trained as a whole."""
+        return None
+
     def trained_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Parameters of the named modules that are not frozen, in a fixed order, each once."""
         found = dict.fromkeys(p for name in names for p in self.get_submodule(name).parameters())
@@ -204,6 +222,11 @@ class Taught(Scheme):
     def phases(self) -> tuple[Phase, ...]:
         """The method's own phases."""
         return self.method.phases()
+
+    def whole_student(self, phase: Phase) -> nn.Module | None:
+        """The student, unless the method runs it on other images, or in parts."""
+        apart = {"strong", "network"} & set(self.method.reads)
+        return self.student if "student" in phase.trains and not apart else None
 
     def losses(self, phase, turn, batch, half):
         """The method's terms of the student's view against the teacher's."""
@@ -284,6 +307,13 @@ class Offline(Taught):
         (teacher,) = self._teacher
         with torch.no_grad():
             return look(teacher, batch, self.method.reads, half)
+
+    @torch.no_grad()
+    def share(self, batch: Batch, half: torch.dtype | None) -> None:
+        """The teacher's view, for all of its students."""
+        (teacher,) = self._teacher
+        if teacher not in batch.seen:
+            batch.seen[teacher] = forward(teacher, batch.images, half)
 
     def prepare(self, plain_batches: Callable[[], Iterable[Tensor]]) -> None:
         """Let the method change the student's first weights and measure the teacher, if it wants to."""
@@ -394,7 +424,8 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def look(network: nn.Module, batch: Batch, taps: Iterable[str], half: torch.dtype | None) -> View:
     """The network's view of a batch, run under autocast to `half` if given; only `taps` are kept, in full precision."""
-    return shown(forward(network, batch.images, half), network, batch, taps, half)
+    known = batch.seen.get(network) if batch.seen else None
+    return shown(known or forward(network, batch.images, half), network, batch, taps, half)
 
 
 def shown(view: View, network: nn.Module, batch: Batch, taps: Iterable[str], half: torch.dtype | None) -> View:

@@ -85,7 +85,7 @@ def modalities(data: DataOnDevice, spec: RunSpec, count: int = 10) -> dict[str, 
     bank = data.training(spec.held_out, spec.recipe, spec.images)
     augmentation = {"padding": spec.recipe.crop_padding, "flip": spec.recipe.flip}
     draws = Draws.make(seed=spec.seed, stream=0, epochs=1, images=len(bank), device=data.device, **augmentation)
-    drawn = draws.batch(0, 0, count)
+    drawn = draws.batch(draws.rows(0, 0, count))
     crops = bank.augmented(*drawn).double()
     names = [data.images.class_names[label] for label in bank.labels[drawn[0]].tolist()]
     mean, std = (torch.as_tensor(each, device=data.device).view(-1, 1, 1) for each in (data.mean, data.std))

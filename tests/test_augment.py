@@ -205,9 +205,9 @@ def test_strong_draws_change_no_other_and_no_generator():
     with_strong, without = make_draws(), make_draws(strong=False)
     for part in ("order", "shift", "flip"):
         assert torch.equal(getattr(with_strong, part), getattr(without, part))
-    assert without.strong is None and without.strong_batch(0, 0, 8) is None
+    assert without.strong is None and without.strong_batch(without.rows(0, 0, 8)) is None
     bank = make_bank(*pictures(50, size=(8, 8)), padding=4)
-    bank.strong(with_strong.batch(1, 0, 8)[0], with_strong.strong_batch(1, 0, 8))
+    bank.strong(with_strong.batch(with_strong.rows(1, 0, 8))[0], with_strong.strong_batch(with_strong.rows(1, 0, 8)))
     assert torch.equal(states[0], torch.get_rng_state())
     assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
 
@@ -219,7 +219,7 @@ def test_strong_draws_depend_on_seed_stream_epoch_and_position_alone():
         other = make_draws(**changes).strong
         assert not any(torch.equal(one, two) for one, two in zip(few, other, strict=True))
     assert not any(torch.equal(part[0], part[1]) for part in few)
-    batch = make_draws().strong_batch(1, 8, 20)
+    batch = make_draws().strong_batch(make_draws().rows(1, 8, 20))
     assert all(torch.equal(part, whole[1, 8:20]) for part, whole in zip(batch, few, strict=True))
 
 
@@ -292,7 +292,10 @@ def test_each_step_has_both_views_and_the_weak_one_is_that_of_all_methods():
     draws = make_draws(epochs=3, images=IMAGES, padding=PADDING)
     starts = range(0, IMAGES, 8)  # the last one is odd
     expected = [
-        bank.strong(draws.batch(epoch, start, min(start + 8, IMAGES))[0], draws.strong_batch(epoch, start, start + 8))
+        bank.strong(
+            draws.batch(draws.rows(epoch, start, min(start + 8, IMAGES)))[0],
+            draws.strong_batch(draws.rows(epoch, start, min(start + 8, IMAGES))),
+        )
         for epoch in range(3)
         for start in starts
     ]
@@ -316,6 +319,8 @@ def test_the_strong_view_is_the_same_on_the_gpu():
     for device in (CPU, cuda):
         draws = make_draws(device=device)
         bank = make_bank(*pictures(50, size=(8, 8)), padding=4, device=device)
-        batches.append(bank.strong(draws.batch(1, 0, 50)[0], draws.strong_batch(1, 0, 50)).cpu())
+        batches.append(
+            bank.strong(draws.batch(draws.rows(1, 0, 50))[0], draws.strong_batch(draws.rows(1, 0, 50))).cpu()
+        )
     # a pixel that comes from between two may come from either
     assert ((batches[0] - batches[1]).abs() > 0.1).double().mean() < 1e-2

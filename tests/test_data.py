@@ -142,7 +142,7 @@ def test_a_long_order_sorts_by_whole_numbers_of_the_raw_stream():
 
 def test_batch_holds_an_epochs_positions_ready_to_index_with():
     draws = make_draws()
-    index, shift, flip = draws.batch(1, 8, 20)
+    index, shift, flip = draws.batch(draws.rows(1, 8, 20))
     assert index.dtype == shift.dtype == torch.long and flip.dtype == torch.bool
     assert index.tolist() == draws.order[1].tolist()[8:20]
     assert shift.tolist() == draws.shift[1].tolist()[8:20]
@@ -158,7 +158,7 @@ def test_draws_and_batches_are_the_same_on_the_gpu():
     batches = []
     for draws, device in ((here, CPU), (there, cuda)):
         bank = make_bank(images, labels, padding=4, device=device)
-        batches.append(bank.augmented(*draws.batch(1, 0, 50)).cpu())
+        batches.append(bank.augmented(*draws.batch(draws.rows(1, 0, 50))).cpu())
     torch.testing.assert_close(*batches, rtol=1e-14, atol=1e-14)
 
 
@@ -170,12 +170,12 @@ def blank_bank(count=11, **options) -> BlankBank:
 def test_a_blank_bank_has_the_shapes_of_a_bank_and_nothing_in_them():
     bank, blank = make_bank(*pictures(11), padding=2), blank_bank()
     draws = make_draws(images=11, padding=2, strong=True)
-    index, shift, flip = draws.batch(0, 0, 7)
+    index, shift, flip = draws.batch(draws.rows(0, 0, 7))
     assert (len(blank), blank.padding) == (len(bank), bank.padding)
     assert [len(batch) for batch in blank.plain(4)] == [len(batch) for batch in bank.plain(4)] == [4, 4, 3]
     pairs = list(zip(blank.plain(4), bank.plain(4), strict=True))
     pairs.append((blank.augmented(index, shift, flip), bank.augmented(index, shift, flip)))
-    strong = draws.strong_batch(0, 0, 7)
+    strong = draws.strong_batch(draws.rows(0, 0, 7))
     pairs.append((blank.strong(index, strong), bank.strong(index, strong)))
     pairs.append((blank.labels, bank.labels))
     for nothing, images in pairs:

@@ -112,7 +112,7 @@ def test_the_optimiser_lives_through_a_phase_with_the_recipes_decay(method):
     seen = []
 
     def note(done: float, text: str) -> None:
-        (optimiser,) = training._optimisers.values()
+        (optimiser,) = training.current.optimisers.values()
         seen.append((optimiser, *(group["weight_decay"] for group in optimiser.param_groups)))
 
     training = make_training(scheme_of(method), epochs=7, on_step=note)  # of which the heads' phase has two

@@ -406,8 +406,8 @@ def test_weight_decay_leaves_the_variances_alone():
     moved = changed(*states)
     assert not rhos(dict.fromkeys(moved)) and under(moved, "adapters.gaussians.0.mean", "student.stem")
     training = make_training(scheme_for(VariationalInformation()), make_recipe())
-    training._begin_phase(training.phases[0], training.recipe)
-    usual, free = training._optimisers["distil"].param_groups
+    training.start()
+    usual, free = training.current.optimisers["distil"].param_groups
     assert len(free["params"]) == 3 and free["weight_decay"] == 0 < usual["weight_decay"]
     assert all(is_without_decay(parameter) for parameter in free["params"])
 

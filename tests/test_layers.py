@@ -55,14 +55,14 @@ def states_between_phases(method, recipe):
     """The scheme's state before training, when the last phase begins, and at the end."""
     scheme = scheme_of(method)
     training = make_training(scheme, recipe)
-    states, begin = [clone(scheme.state_dict())], training._begin_phase
+    states, begin = [clone(scheme.state_dict())], training._enter_phase
 
-    def note(phase, recipe):
-        if phase.name == method.phases()[-1].name:
+    def note():
+        if training.position.phase == len(training.phases) - 1:
             states.append(clone(scheme.state_dict()))
-        begin(phase, recipe)
+        begin()
 
-    training._begin_phase = note
+    training._enter_phase = note
     training.run()
     return [*states, clone(scheme.state_dict())]
 

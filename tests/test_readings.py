@@ -152,7 +152,7 @@ def test_the_crops_shown_are_those_that_training_sees(flip):
     bank = ImageBank(pixels, images.y_train, mean=[0] * 3, std=[1] * 3, padding=2, device=cpu, dtype=torch.float64)
     draws = Draws.make(seed=7, stream=0, epochs=9, images=12, padding=2, flip=flip, device=cpu)
     for epoch in range(4):
-        index, shift, mirrored = draws.batch(epoch, 0, 12)
+        index, shift, mirrored = draws.batch(draws.rows(epoch, 0, 12))
         batch = bank.augmented(index, shift, mirrored).permute(0, 2, 3, 1).numpy()
         assert np.array_equal(shown[epoch], batch[index.tolist().index(3)])
 
@@ -253,8 +253,10 @@ def test_the_strong_views_shown_are_those_that_training_sees(flip):
     bank = ImageBank(pixels, images.y_train, mean=mean, std=std, padding=1, device=cpu, dtype=torch.float64)
     draws = Draws.make(seed=7, stream=0, epochs=9, images=12, padding=1, flip=flip, device=cpu, strong=True)
     for epoch in range(5):
-        index, *_ = draws.batch(epoch, 0, 12)
-        batch = bank.strong(index, draws.strong_batch(epoch, 0, 12)).permute(0, 2, 3, 1).numpy() * std + mean
+        index, *_ = draws.batch(draws.rows(epoch, 0, 12))
+        batch = (
+            bank.strong(index, draws.strong_batch(draws.rows(epoch, 0, 12))).permute(0, 2, 3, 1).numpy() * std + mean
+        )
         assert np.abs(shown[epoch] - batch[index.tolist().index(3)]).max() < 0.5 + 1e-6
     assert not np.array_equal(shown, lesson.crops(images, recipe, seed=7, image=3, epochs=5))
 

@@ -236,7 +236,7 @@ def test_every_optimiser_takes_one_step_a_batch_with_its_own_rule_and_rate():
     rates, optimisers = [], {}
 
     def on_step(done, text):
-        optimisers.update(training._optimisers)
+        optimisers.update(training.current.optimisers)
         rates.append(tuple(optimiser.param_groups[0]["lr"] for optimiser in optimisers.values()))
 
     recipe = make_recipe(epochs=3, milestones=(1, 2), factor=0.1)

@@ -118,7 +118,7 @@ class Steps:
 
             def step(optimiser, *arguments, **named):
                 before = {name: clone(dict(part.named_parameters())) for name, part in parts.items()}
-                (self.turn,) = (name for name, each in training._optimisers.items() if each is optimiser)
+                (self.turn,) = (name for name, each in training.current.optimisers.items() if each is optimiser)
                 parameters = [p for group in optimiser.param_groups for p in group["params"]]
                 self.norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in parameters)))
                 self.rates.append(optimiser.param_groups[0]["lr"])

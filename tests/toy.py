@@ -204,7 +204,7 @@ def run_session(
     def on_step(done: float, text: str) -> None:
         nonlocal steps
         steps = next(count)
-        for name, optimiser in training._optimisers.items():
+        for name, optimiser in training.current.optimisers.items():
             momentum[name] = clone(optimiser.state_dict()["state"])
 
     def should_stop() -> bool:
