@@ -50,7 +50,16 @@ def _shape(shape: tuple | None) -> str:
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write a nested dict of tensors, numbers and strings, atomically."""
     with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+        torch.save(_without_neighbours(state), temporary)
+
+
+def _without_neighbours(value: Any) -> Any:
+    """The same with tensors that are part of a larger memory copied out of it, which torch would write whole."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {name: _without_neighbours(part) for name, part in value.items()}
+    return [_without_neighbours(part) for part in value] if isinstance(value, list) else value
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:

@@ -77,6 +77,7 @@ class Peers(Scheme):
         self.least_batch, self.wants_strong = method.least_batch, "strong" in method.reads
         self.batches = 1 if options.batches == "shared" else len(peers)
         self.own_images = options.batches == "own_images"
+        self.acts_between_steps = bool(options.exchange_interval)
         if options.shared_stages:
             _share(peers, options.shared_stages)
         self._size_adapters(sample)

@@ -123,6 +123,7 @@ class Scheme(nn.Module, ABC):
     wants_strong: bool = False  # whether batches need strongly augmented images beside the usual ones
     batches: int = 1  # how many batches it wants for a step
     own_images: bool = False  # whether these are of other images, too, or of other crops of the same
+    acts_between_steps: bool = False  # whether `begin_step` does anything
 
     @classmethod
     @abstractmethod

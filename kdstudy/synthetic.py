@@ -58,6 +58,7 @@ class ZeroShot(Offline):
     paper = "Micaelli, Storkey 2019, NeurIPS, arXiv:1905.09768"
     options = ZeroShotOptions
     data_free = True
+    acts_between_steps = True
 
     def __init__(
         self,
@@ -170,6 +171,7 @@ class Impressions(Offline):
     paper = "Nayak, Mopuri, Shaj, Babu, Chakraborty 2019, ICML, arXiv:1905.08114"
     options = ImpressionOptions
     data_free = True
+    acts_between_steps = True
 
     def __init__(
         self,

@@ -15,17 +15,17 @@ PACKAGE = ROOT / "kdstudy"
 FLOORS = tuple(
     set(floor.split())
     for floor in (
-        "core files workers",
-        "adapters augment blocks edits generator heads image_set impressions margins modalities munge progress "
-        "quantisation recipe trees",
-        "adversarial attention boundaries collective contrast cross_layer data ensembles exits few_samples generations "
-        "hints layers logits models mutual penultimate quantised relative response reuse rocket samples sections "
+        "core files memory workers",
+        "adapters augment blocks breakdown edits generator graphs heads image_set impressions margins modalities munge "
+        "progress quantisation recipe roofline trees",
+        "adversarial attention boundaries collective contrast cross_layer data ensembles exits few_samples fusion "
+        "generations hints layers logits models mutual penultimate quantised relative response reuse rocket samples sections "
         "sources tree_students virtual_teacher",
-        "checkpoint collaborative data_free evaluate params schemes self_taught",
-        "launch peers rivals snapshots synthetic train",
-        "device study",
-        "costs store",
-        "results",
+        "checkpoint collaborative data_free evaluate naive params schemes self_taught",
+        "launch logit_table peers rivals snapshots synthetic train",
+        "device study ways",
+        "costs engine store",
+        "cohort results",
         "execute",
         "answers equations notebook statistics",
         "insides relations tables",
@@ -38,7 +38,7 @@ FLOORS = tuple(
     )
 )
 TRAINING_HALF = set().union(*FLOORS[:9])
-ALLOWED_THERE = {"torch", "torchvision", "numpy", "pandas", "yaml", "safetensors", "sklearn"}
+ALLOWED_THERE = {"torch", "torchvision", "PIL", "numpy", "pandas", "yaml", "safetensors", "sklearn"}
 
 
 def imported(path: Path) -> set[str]:

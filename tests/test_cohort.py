@@ -1,0 +1,463 @@
+"""Runs that advance together are what they are alone, to the bit in turn, to rounding otherwise; sharing pays."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tape import capture as tape
+from test_methods import HYPERPARAMETERS, TEACHER, batch_of, make_scheme, network, toy_bank, trained_network
+from torch import nn
+from toy import clone, difference
+
+from kdstudy import engine, ways
+from kdstudy.cohort import Cohort
+from kdstudy.core import Method, View
+from kdstudy.engine import BLOCK, ROUNDS, Choices, Engine
+from kdstudy.logit_table import LogitTable
+from kdstudy.recipe import Recipe
+from kdstudy.response import SphericalKD, VanillaKD
+from kdstudy.schemes import Alone, Offline, Scheme
+from kdstudy.study import METHODS, SCHEMES, build_method
+from kdstudy.train import Diverged, Stopped, Surroundings, Training
+
+BANK = toy_bank(50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def teacher(seed: int = 7) -> nn.Module:
+    torch.manual_seed(seed)
+    return trained_network(TEACHER, torch.float64)
+
+
+def scheme_with(method: Any, taught_by: nn.Module, seed: int = 0, name: str = "wrn_10_0.25") -> Scheme:
+    torch.manual_seed(seed)
+    student = network(name, torch.float64)
+    if not method.needs_teacher:
+        return Alone(student, method, batch_of(16))
+    return Offline(student, taught_by, method, batch_of(16))
+
+
+def training_of(scheme: Scheme, folder=None, changes: dict[str, Any] | None = None, **options: Any) -> Training:
+    values = {"epochs": 3, "batch": 16, "learning_rate": 0.05, "milestones": (2,), "crop_padding": 1}
+    recipe = Recipe(precision="fp64", **values | (changes or {}))
+    capturable = options.pop("capturable", False)
+    surroundings = Surroundings(checkpoint=folder and folder / f"{id(scheme)}.pt", **options)
+    watch = {"train": BANK, "held_out": BANK}
+    return Training(scheme, recipe, BANK, seed=4, watch=watch, surroundings=surroundings, capturable=capturable)
+
+
+def left_behind(training: Training) -> dict[str, Any]:
+    return {"history": training.history, "state": clone(training.scheme.state_dict())}
+
+
+def assert_alike(one: Training, other: Training) -> None:
+    assert difference(left_behind(one), left_behind(other)) is None
+
+
+def assert_close(one: Training, other: Training, tolerance: float = 1e-12) -> None:
+    for row, expected in zip(one.history, other.history, strict=True):
+        assert row.keys() == expected.keys()
+        for name in row:
+            if isinstance(row[name], str):
+                assert row[name] == expected[name]
+            else:
+                assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+    state, expected = one.scheme.state_dict(), other.scheme.state_dict()
+    for name in expected:
+        torch.testing.assert_close(state[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+ASSORTMENT = [
+    build_method("kd"),
+    build_method("ce"),
+    build_method("kd", temperature=2.0, kd_weight=3.0),
+    build_method("crd"),  # draws random numbers
+    build_method("activation_boundaries"),  # two phases
+    build_method("attention"),
+    build_method("mlkd"),  # strongly augmented images, too
+]
+
+
+def in_turn(methods: Sequence[Any], taught_by: nn.Module | None = None, **options: Any) -> list[Training]:
+    taught_by = taught_by or teacher()
+    return [training_of(scheme_with(method, taught_by, seed), **options) for seed, method in enumerate(methods)]
+
+
+def alone(methods: Sequence[Any], **options: Any) -> list[Training]:
+    trainings = [training_of(scheme_with(method, teacher(), seed), **options) for seed, method in enumerate(methods)]
+    for training in trainings:
+        training.run()
+    return trainings
+
+
+def count_calls(monkeypatch, owner: Any, name: str) -> list[Any]:
+    calls, usual = [], getattr(owner, name)
+
+    def counted(*arguments, **named):
+        calls.append(arguments)
+        return usual(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+# in turn
+
+
+def test_members_are_to_the_bit_what_they_are_alone():
+    members = in_turn(ASSORTMENT)
+    Cohort(members).run()
+    for member, expected in zip(members, alone(ASSORTMENT), strict=True):
+        assert_alike(member, expected)
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_every_method_is_the_same_beside_others(key):
+    changes = {"epochs": 3 if key in HYPERPARAMETERS else 2}
+    expected = training_of(make_scheme(key), changes=changes)
+    expected.run()
+    member = training_of(make_scheme(key), changes=changes)
+    others = in_turn(ASSORTMENT[:3:2], changes=changes)
+    Cohort([others[0], member, others[1]]).run()
+    assert_alike(member, expected)
+    for other, its_expected in zip(others, alone(ASSORTMENT[:3:2], changes=changes), strict=True):
+        assert_alike(other, its_expected)
+
+
+def test_batches_and_the_teachers_answers_are_made_once(monkeypatch):
+    methods = [build_method("kd", temperature=float(t)) for t in range(1, 5)]
+    taught_by = teacher()
+    members = in_turn(methods, taught_by)
+    batches = count_calls(monkeypatch, BANK, "augmented")
+    looks = []
+    taught_by.register_forward_hook(lambda *_: looks.append(1))
+    Cohort(members).run()
+    steps = 3 * math.ceil(50 / 16)
+    assert len(batches) == len(looks) == steps
+
+
+def test_runs_with_phases_meet_the_others_in_the_last_one(monkeypatch):
+    methods = [build_method("kd"), build_method("activation_boundaries")]
+    members = in_turn(methods)
+    batches = count_calls(monkeypatch, BANK, "augmented")
+    Cohort(members).run()
+    (first, _) = members[1].phases
+    epochs = first.epochs(3) + 3
+    assert first.epochs(3) >= 1 and len(batches) == epochs * math.ceil(50 / 16)
+
+
+def test_runs_of_other_seeds_and_batches_do_not_share(monkeypatch):
+    taught_by = teacher()
+    members = [training_of(scheme_with(VanillaKD(), taught_by), changes={"batch": batch}) for batch in (16, 25)]
+    Cohort(members).run()
+    for member, batch in zip(members, (16, 25), strict=True):
+        expected = training_of(scheme_with(VanillaKD(), teacher()), changes={"batch": batch})
+        expected.run()
+        assert_alike(member, expected)
+
+
+def test_one_that_diverges_drops_out_alone():
+    methods = [build_method("kd"), build_method("kd", kd_weight=1e308), build_method("attention")]
+    members, ends = in_turn(methods), {}
+    Cohort(members, ended=lambda member, diverged: ends.update({members.index(member): diverged})).run()
+    assert ends[0] is ends[2] is None and isinstance(ends[1], Diverged)
+    assert ends[1].history == members[1].history and len(members[1].history) < 3
+    expected = alone([methods[0]])[0], training_of(scheme_with(methods[2], teacher(), 2))
+    expected[1].run()
+    assert_alike(members[0], expected[0])
+    assert_alike(members[2], expected[1])
+
+
+def test_members_are_told_of_as_they_end():
+    members, told = in_turn(ASSORTMENT[:2]), []
+    longer = training_of(scheme_with(VanillaKD(), teacher()), changes={"epochs": 5})
+    Cohort([longer, *members], ended=lambda member, _: told.append((member, len(longer.history)))).run()
+    assert {member for member, _ in told} == {longer, *members}
+    assert told[-1] == (longer, 5)
+
+
+def stop_after(count: int) -> Callable[[], bool]:
+    steps = itertools.count(1)
+    return lambda: next(steps) > count
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 11])
+def test_stopped_and_resumed_equals_uninterrupted_together_or_apart(steps, tmp_path):
+    methods = ASSORTMENT
+    places = [tmp_path / str(number) for number in range(len(methods))]
+
+    def make(**options) -> list[Training]:
+        taught_by = teacher()
+        made = [scheme_with(method, taught_by, seed) for seed, method in enumerate(methods)]
+        trainings = [training_of(scheme, **options) for scheme in made]
+        for training, place in zip(trainings, places, strict=True):
+            training.surroundings = Surroundings(checkpoint=place, **options)
+        return trainings
+
+    asked = itertools.count()
+    with pytest.raises(Stopped):
+        Cohort(make(should_stop=lambda: next(asked) >= 7 * steps)).run()
+    assert all(place.exists() for place in places)
+    first, second = make(), make()
+    Cohort(first[:3]).run()
+    for member in first[3:5]:
+        member.run()
+    Cohort(second[5:]).run()
+    for member, expected in zip([*first[:5], *second[5:]], alone(methods), strict=True):
+        assert_alike(member, expected)
+
+
+def test_a_run_that_is_behind_catches_up_before_they_go_on_together(tmp_path, monkeypatch):
+    members = in_turn([VanillaKD(), VanillaKD(temperature=2.0)], should_stop=stop_after(5))
+    place = tmp_path / "ahead.pt"
+    members[0].surroundings = Surroundings(checkpoint=place, should_stop=stop_after(5))
+    with pytest.raises(Stopped):
+        members[0].run()
+    ahead, behind = in_turn([VanillaKD(), VanillaKD(temperature=2.0)])
+    ahead.surroundings = Surroundings(checkpoint=place)
+    batches = count_calls(monkeypatch, BANK, "augmented")
+    Cohort([ahead, behind]).run()
+    # an epoch of four steps alone, the next one, of which the other has had two, by each alone, and the last together
+    assert len(batches) == 4 + 4 + 2 + 4
+    for member, expected in zip((ahead, behind), alone([VanillaKD(), VanillaKD(temperature=2.0)]), strict=True):
+        assert_alike(member, expected)
+
+
+def test_a_stop_saves_all_that_are_unfinished_and_nothing_else(tmp_path):
+    members = in_turn([VanillaKD()] * 3, folder=tmp_path, should_stop=stop_after(12))
+    short = training_of(scheme_with(VanillaKD(), teacher()), tmp_path, {"epochs": 1})
+    with pytest.raises(Stopped):
+        Cohort([*members, short]).run()
+    saved = [member.surroundings.checkpoint.exists() for member in (*members, short)]
+    assert saved == [True, True, True, not short.finished]
+
+
+def test_time_is_shared_out():
+    members = in_turn(ASSORTMENT[:3])
+    clock = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdstudy.cohort.time.monotonic", lambda: float(next(clock)))
+        Cohort(members).run()
+    assert 0 < sum(member.seconds for member in members) <= next(clock)
+    assert max(member.seconds for member in members) < 2 * min(member.seconds for member in members)
+
+
+# fused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headless(Method):
+    """Fits the embedding and leaves the classifier alone."""
+
+    kind: ClassVar[str] = "feature"
+    paper: ClassVar[str] = "none"
+    reads: ClassVar[tuple[str, ...]] = ("embedding",)
+
+    ce_weight: float = 0.0
+
+    def loss(self, student: View, teacher: View, labels: torch.Tensor, adapters: nn.ModuleDict) -> torch.Tensor:
+        return (student.embedding.mean(dim=1) - teacher.embedding.mean(dim=1)).square().mean()
+
+
+FUSED = [
+    VanillaKD(),
+    VanillaKD(temperature=2.0, kd_weight=0.3),
+    SphericalKD(),
+    build_method("ce"),
+    build_method("similarity"),
+    build_method("crd"),
+    Headless(),
+]
+
+
+def test_fused_members_are_what_they_are_alone_to_rounding():
+    members = in_turn(FUSED)
+    Cohort(members, Engine("fused")).run()
+    assert {member.made_by["way"] for member in members} == {"fused"}
+    for member, expected in zip(members, alone(FUSED), strict=True):
+        assert_close(member, expected)
+
+
+def test_fused_one_that_is_not_finite_drops_out_alone():
+    methods = [FUSED[0], build_method("kd", kd_weight=1e308), FUSED[2]]
+    members = in_turn(methods)
+    Cohort(members, Engine("fused")).run()
+    expected = [alone(methods[:1])[0], training_of(scheme_with(methods[2], teacher(), 2))]
+    expected[1].run()
+    assert len(members[1].history) < 3
+    for member, each in zip(members[::2], expected, strict=True):
+        assert_close(member, each)
+
+
+def test_what_cannot_be_fused_is_taken_in_turn_and_the_reason_told():
+    methods = [VanillaKD(), build_method("mlkd")]
+    members = in_turn(methods)
+    with pytest.warns(UserWarning, match="no phase in which one student learns as a whole"):
+        Cohort(members, Engine("fused")).run()
+    for member, expected in zip(members, alone(methods), strict=True):
+        assert_alike(member, expected)
+
+
+def test_only_as_many_are_fused_as_memory_holds(monkeypatch):
+    members = in_turn(FUSED[:5])
+    sizes = []
+    monkeypatch.setattr("kdstudy.ways.free_bytes", lambda device: 0)
+    fused = ways.Fused
+    monkeypatch.setattr("kdstudy.ways.Fused", lambda networks: sizes.append(len(networks)) or fused(networks))
+    Cohort(members, Engine("fused")).run()
+    assert sizes == [1] * 5
+    for member, expected in zip(members, alone(FUSED[:5]), strict=True):
+        assert_close(member, expected)
+
+
+def test_a_fused_runs_checkpoint_holds_that_run_alone(tmp_path):
+    sizes = []
+    for count in (1, 6):
+        (folder := tmp_path / str(count)).mkdir()
+        members = in_turn([VanillaKD()] * count, folder=folder, should_stop=stop_after(5 * count))
+        with pytest.raises(Stopped):
+            Cohort(members, Engine("fused")).run()
+        sizes.append(members[0].surroundings.checkpoint.stat().st_size)
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+# captured
+
+CAPTURED = Engine(graphs=True, capture=tape)
+
+
+@pytest.mark.parametrize("way", ["in_turn", "fused"])
+def test_replayed_steps_are_those_of_python_to_the_bit(way):
+    methods = [VanillaKD(), build_method("ce"), build_method("attention")]
+    changes = {"epochs": 4, "milestones": (1, 3)}
+    members = in_turn(methods, capturable=True, changes=changes)
+    Cohort(members, Engine(way, graphs=True, capture=tape)).run()
+    assert all(member.made_by == {"runs": 3, "way": way, "graph": True} for member in members)
+    expected = in_turn(methods, capturable=True, changes=changes)
+    Cohort(expected, Engine(way)).run()
+    for member, each in zip(members, expected, strict=True):
+        assert_alike(member, each)
+
+
+# draw random numbers in their steps, or act between them
+UNFIT = {"crd", "zero_shot", "data_impressions"}
+
+
+@pytest.mark.filterwarnings("ignore:.*steps are not captured|.*cannot be captured")
+@pytest.mark.parametrize("key", METHODS)
+def test_every_methods_steps_can_be_replayed_or_are_known_not_to_be(key):
+    changes = {"epochs": 3, "schedule": "cosine", "milestones": ()}
+    if key == "snapshot":
+        changes["cycles"] = 3
+    member = training_of(make_scheme(key), capturable=True, changes=changes)
+    Cohort([member], CAPTURED).run()
+    expected = training_of(make_scheme(key), capturable=True, changes=changes)
+    expected.run()
+    # replayed, a sum may be taken in another order; a number that was baked in would show in the first digits
+    assert_close(member, expected, 1e-9)
+    if member.history:
+        assert member.made_by["graph"] == (key not in UNFIT)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 7])
+def test_a_replayed_run_is_stopped_and_resumed_exactly(steps, tmp_path):
+    methods = [VanillaKD(), build_method("attention")]
+
+    def session(should_stop: Callable[[], bool] = lambda: False) -> list[Training]:
+        members = in_turn(methods, capturable=True)
+        for number, member in enumerate(members):
+            member.surroundings = Surroundings(checkpoint=tmp_path / f"{number}.pt", should_stop=should_stop)
+        Cohort(members, CAPTURED).run()
+        return members
+
+    with pytest.raises(Stopped):
+        session(stop_after(2 * steps))
+    expected = in_turn(methods, capturable=True)
+    Cohort(expected).run()
+    for member, each in zip(session(), expected, strict=True):
+        assert_alike(member, each)
+
+
+# measured
+
+
+def test_the_fastest_way_is_found_by_timing_steps_of_the_training_itself(tmp_path, monkeypatch):
+    changes = {"epochs": 12, "milestones": (6,)}
+    choices = Choices(tmp_path / "choices.json")
+    members = in_turn(FUSED, changes=changes)
+    Cohort(members, Engine("measured", choices=choices)).run()
+    found = members[0].made_by["way"]
+    assert found in ("fused", "in_turn")
+    for member, expected in zip(members, alone(FUSED, changes=changes), strict=True):
+        assert_close(member, expected, 1e-10)
+    again = in_turn(FUSED, changes={"epochs": 1})
+    blocks = count_calls(monkeypatch, engine.Stepper, "_timed_step")
+    Cohort(again, Engine("measured", choices=Choices(tmp_path / "choices.json"))).run()
+    assert not blocks and again[0].made_by["way"] == found
+
+
+@pytest.mark.parametrize("fastest", ["fused", "in_turn"])
+def test_the_way_with_the_least_median_is_kept(fastest, monkeypatch):
+    changes = {"epochs": 12, "milestones": (6,)}
+    clock, seen = [0.0], []
+
+    def slow(cls: str, seconds: float) -> None:
+        owner = getattr(engine, cls)
+        usual = owner.step
+
+        def step(self, batch):
+            seen.append(cls)
+            clock[0] += seconds if len(seen) != 33 else 50.0  # one hiccup
+            usual(self, batch)
+
+        monkeypatch.setattr(owner, "step", step)
+
+    slow("FusedInOne", 1.0 if fastest == "fused" else 2.0)
+    slow("InTurn", 2.0 if fastest == "fused" else 1.0)
+    monkeypatch.setattr("kdstudy.engine.time.perf_counter", lambda: clock[0])
+    members = in_turn(FUSED, changes=changes)
+    Cohort(members, Engine("measured")).run()
+    assert members[0].made_by["way"] == fastest
+    assert seen.count({"fused": "InTurn", "in_turn": "FusedInOne"}[fastest]) == ROUNDS * BLOCK
+
+
+def test_a_torn_file_of_choices_is_told_of_and_made_anew(tmp_path):
+    path = tmp_path / "choices.json"
+    path.write_text('{"cpu')
+    with pytest.warns(UserWarning, match="torn"):
+        assert Choices(path).get("anything") is None
+        Choices(path).keep("anything", "fused")
+    assert Choices(path).get("anything") == "fused"
+
+
+# the table of the teacher's logits
+
+
+def test_a_table_stands_for_the_teacher():
+    methods = [VanillaKD(), VanillaKD(temperature=2.0), build_method("relative_v2")]
+    taught_by = teacher()
+    table = LogitTable.build(taught_by, BANK, flip=True, half=None)
+    members = in_turn(methods, taught_by)
+    looks = []
+    taught_by.register_forward_hook(lambda *_: looks.append(1))
+    Cohort(members, tables={taught_by: table}).run()
+    assert not looks
+    for member, expected in zip(members, alone(methods), strict=True):
+        assert_close(member, expected, 0.02)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_scheme_that_acts_between_steps_says_so(scheme):
+    own = scheme.begin_step is not Scheme.begin_step
+    assert own == ("acts_between_steps" in vars(scheme) or scheme is SCHEMES["peers"])
