@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", help="override params.yaml")
     run.add_argument("--device", help="auto, cpu, cuda or cuda:N; by default the profile's")
     run.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after 90s, 25m or 2h; call again to go on")
+    run.add_argument("--profile", type=Path, metavar="FOLDER", help="write a trace and a breakdown of some steps there")
+    run.add_argument("--deterministic", action="store_true", help="repeat to the bit on a GPU, at the price of speed")
     run.add_argument("--out", type=Path, help="keep runs in this folder instead of the run store")
     run.set_defaults(command=_run)
 
@@ -130,6 +132,8 @@ def _run(arguments: argparse.Namespace) -> None:
             report=progress.update,
             should_stop=lambda: time.monotonic() > end,
             device=arguments.device,
+            profile_into=arguments.profile,
+            deterministic=arguments.deterministic,
         )
         try:
             specs = executor.make_chosen(arguments.stage, arguments.method, arguments.seed)

@@ -41,6 +41,11 @@ class Cohort:
 
     def run(self) -> None:
         """Train all members to their ends. Raises Stopped when all that are unfinished have written checkpoints."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """`run`, handing over after every step that a group of members has taken."""
         self._clock = self._saved = time.monotonic()
         for member in self.members:
             with self.own_random(member):
@@ -48,7 +53,7 @@ class Cohort:
             self._clock_on([member])
         self._let_go()
         while self._waiting:
-            self._finish_epoch(self._furthest_behind())
+            yield from self._finish_epoch(self._furthest_behind())
 
     @contextmanager
     def own_random(self, member: Training) -> Iterator[None]:
@@ -65,7 +70,7 @@ class Cohort:
         first = max(self._waiting, key=lambda member: member.epochs_left)
         return [member for member in self._waiting if member.stretch == first.stretch]
 
-    def _finish_epoch(self, group: list[Training]) -> None:
+    def _finish_epoch(self, group: list[Training]) -> Iterator[None]:
         for member in group:
             with self.own_random(member):
                 member.begin_epoch()
@@ -76,6 +81,7 @@ class Cohort:
             for member in group:
                 member.end_step()
             self._between_steps(group)
+            yield
         self._end_epoch(group, stepper)
 
     def _stepper(self, group: Sequence[Training]) -> Stepper:

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdstudy.data import BlankBank, ImageBank
 from kdstudy.image_set import ImageSet, channel_statistics, holdout_split, stratified_subset
+from kdstudy.memory import keep_freed_memory
 from kdstudy.models import build_model
 from kdstudy.recipe import Recipe
 from kdstudy.train import FULL
@@ -40,6 +41,18 @@ def choose_device(wanted: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}")
     return device
+
+
+def make_ready(deterministic: bool = False) -> None:
+    """Settings of this process for fast training, or, at the price of speed, for training that repeats to the bit.
+
+    On a CPU training repeats either way.
+    """
+    keep_freed_memory()
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
 
 
 class DataOnDevice:

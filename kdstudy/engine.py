@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -221,6 +222,8 @@ class Replayed(Eager):
         self._counter = torch.zeros((), dtype=torch.int64, device=group[0].device)
         self._offsets = torch.arange(group[0].recipe.batch, device=group[0].device)
         self._tally: Tensor | None = None
+        # one for all graphs of a group: they are replayed one after the other
+        self._pool = torch.cuda.graph_pool_handle() if group[0].device.type == "cuda" else None
 
     def begin_epoch(self) -> None:
         """Set the counter to where the runs stand."""
@@ -245,7 +248,7 @@ class Replayed(Eager):
                     make_state(optimiser)
         self._random.on = False
         try:
-            self._graphs[size] = self._capture(lambda: self._step(size), self._state())
+            self._graphs[size] = self._capture(lambda: self._step(size), self._state(), pool=self._pool)
         except NotCapturable as error:
             warnings.warn(str(error), stacklevel=2)
             self.works = False
@@ -274,9 +277,13 @@ class Replayed(Eager):
             return super().tally()
         if self._tally is None:
             self._tally = super().tally()  # in its own memory, which the graph then writes
-            self._graphs["tally"] = self._capture(lambda: self._tally.copy_(Eager.tally(self)), [])
+            take = partial(self._take_tally, self._tally)
+            self._graphs["tally"] = self._capture(take, [self._tally], pool=self._pool)
         self._graphs["tally"]()
         return self._tally
+
+    def _take_tally(self, into: Tensor) -> None:
+        into.copy_(super().tally())
 
 
 def why_not_captured(group: Group) -> str:

@@ -60,7 +60,6 @@ def validation_loader(images: ImageSet, workers: int) -> DataLoader:
 
 
 def _normalisation(images: ImageSet) -> list[Callable]:
-    mean, std = channel_statistics(images.x_train)
     mean, std = ((statistic / 255).tolist() for statistic in channel_statistics(images.x_train))
     return [transforms.ToTensor(), transforms.Normalize(mean, std)]  # ToTensor maps 0..255 to 0..1
 
@@ -226,7 +225,7 @@ def _bank_epoch(bank: ImageBank, batch: int, seed: int) -> None:
     place = {"padding": bank.padding, "device": bank.labels.device}
     draws = Draws.make(seed=seed, stream=0, epochs=1, images=len(bank), flip=True, **place)
     for start in range(0, len(bank), batch):
-        index, shift, flip = draws.batch(draws.rows(0, start, min(start + batch, len(bank))))
+        index, shift, flip = draws.batch(draws.rows(0, start, start + batch))
         bank.augmented(index, shift, flip)
         bank.labels[index]
 

@@ -18,11 +18,19 @@ PARAMS_FILE = Path("params.yaml")
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the runs of a profile are made. No field changes what a run is."""
+    """Where and how the runs of a profile are made. No field changes what a run is, but for rounding.
+
+    On a CPU runs that are trained in turn are exact: the same to the bit however many are trained together.
+    """
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads of a run; 0 leaves the choice to torch
-    workers: int = 1  # runs side by side on a CPU, each in a process of its own; 0 is one for each processor
+    workers: int = 1  # processes side by side on a CPU; 0 is one for each processor
+    cohort: int = 1  # how many runs that share batches and teacher are trained together, at most
+    way: str = "in_turn"  # how they take their steps: in_turn, fused, streams, or measured for the fastest
+    graphs: bool = False  # whether steps are captured into CUDA graphs
+    deterministic: bool = False  # whether a GPU's results must repeat to the bit, at the price of speed
+    logit_table: bool = False  # whether a teacher's logits on all crops are tabled, where they are all that is read
 
 
 @dataclass(frozen=True)

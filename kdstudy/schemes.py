@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kdstudy.breakdown import part
 from kdstudy.core import Clock, Method, Phase, View, require_whole
 from kdstudy.data import ImageBank
 from kdstudy.models import Ensemble, reset
@@ -303,29 +304,31 @@ class Offline(Taught):
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, so that it is not registered
         self._size_adapters(sample)
 
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher[0]
+
     def teach(self, batch: Batch, half: torch.dtype | None, student: View) -> View:
         """The teacher's view."""
-        (teacher,) = self._teacher
         with torch.no_grad():
-            return look(teacher, batch, self.method.reads, half)
+            return look(self.teacher, batch, self.method.reads, half)
 
     @torch.no_grad()
     def share(self, batch: Batch, half: torch.dtype | None) -> None:
         """The teacher's view, for all of its students."""
-        (teacher,) = self._teacher
-        if teacher not in batch.seen:
-            batch.seen[teacher] = forward(teacher, batch.images, half)
+        if self.teacher not in batch.seen:
+            batch.seen[self.teacher] = forward(self.teacher, batch.images, half)
 
     def prepare(self, plain_batches: Callable[[], Iterable[Tensor]]) -> None:
         """Let the method change the student's first weights and measure the teacher, if it wants to."""
-        (teacher,) = self._teacher
         with torch.no_grad():
-            self.method.initialise(self.student, teacher, plain_batches(), self.adapters)
+            self.method.initialise(self.student, self.teacher, plain_batches(), self.adapters)
 
         def views() -> Iterator[View]:
             with torch.no_grad():
                 for images in plain_batches():
-                    yield look(teacher, Batch(images, images.new_empty(0)), self.method.reads, None)
+                    yield look(self.teacher, Batch(images, images.new_empty(0)), self.method.reads, None)
 
         self.method.calibrate(self.adapters, views())
 
@@ -442,5 +445,6 @@ def shown(view: View, network: nn.Module, batch: Batch, taps: Iterable[str], hal
 
 def forward(network: Callable[[Tensor], View], x: Tensor, half: torch.dtype | None) -> View:
     """The network's view under autocast to `half` if it is given."""
-    with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
-        return network(x)
+    with part("student" if torch.is_grad_enabled() else "teacher"):
+        with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
+            return network(x)

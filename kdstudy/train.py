@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdstudy.breakdown import part
 from kdstudy.checkpoint import load_checkpoint, save_checkpoint
 from kdstudy.core import Phase, is_without_decay
 from kdstudy.data import Draws, ImageBank
@@ -282,6 +283,10 @@ class Training:
 
     def batch(self, rows: slice | Tensor) -> Batch:
         """The images of these rows of the phase's draws, augmented."""
+        with part("data"):
+            return self._batch(rows)
+
+    def _batch(self, rows: slice | Tensor) -> Batch:
         bank, batches = self.current.bank, []
         for own in self.current.draws:
             # peers see the images of the first one's batch, unless the scheme wants others
@@ -302,14 +307,16 @@ class Training:
             for _ in range(turn.times):
                 losses = self.losses(turn, batch)
                 self.forget_gradients(turn)
-                losses.total.backward(inputs=self.current.trained[turn.name])
+                with part("backward"):
+                    losses.total.backward(inputs=self.current.trained[turn.name])
                 self.update(turn)
             noted |= losses.noted(len(batch.labels))
         self.note(noted)
 
     def losses(self, turn: Turn, batch: Batch) -> Losses:
         """What a turn minimises on a batch."""
-        return self.scheme.losses(self.current.phase, turn, batch, HALF[self.recipe.precision])
+        with part("loss"):  # but for the networks' forward passes, which are parts of their own
+            return self.scheme.losses(self.current.phase, turn, batch, HALF[self.recipe.precision])
 
     def forget_gradients(self, turn: Turn) -> None:
         """Let go of those of the step before."""
@@ -317,13 +324,15 @@ class Training:
 
     def update(self, turn: Turn) -> None:
         """Take the optimiser's step along the gradients at hand."""
-        if clip := self.current.recipes[turn.name].clip:
-            nn.utils.clip_grad_norm_(self.current.trained[turn.name], clip)
-        self.current.optimisers[turn.name].step()
+        with part("optimiser"):
+            if clip := self.current.recipes[turn.name].clip:
+                nn.utils.clip_grad_norm_(self.current.trained[turn.name], clip)
+            self.current.optimisers[turn.name].step()
 
     def note(self, parts: Mapping[str, Tensor]) -> None:
         """Add a batch's sums to those of the epoch."""
-        self.current.sums.add(parts)
+        with part("metrics"):
+            self.current.sums.add(parts)
 
     def end_step(self) -> None:
         """Move on by a batch, and tell."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kdstudy.breakdown import part
 from kdstudy.fusion import Fused, why_not_fused
 from kdstudy.memory import bytes_kept, free_bytes
 from kdstudy.schemes import Batch, forward, untracked
@@ -71,16 +72,17 @@ class FusedInOne:
             if member not in self._reached:
                 self._reached[member] = _leaves(losses.total)
             member.note(losses.noted(len(batch.labels)))
-        total.backward(inputs=parameters)
+        with part("backward"):
+            total.backward(inputs=parameters)
         self._hand_back(members, fused)
         for member in members:
             member.update(member.current.turns[0])
 
     def _hand_back(self, members: Group, fused: Fused) -> None:
         fused.hand_back()
-        for part, parameters in fused.parts():
+        for whole, parameters in fused.parts():
             for member, parameter in zip(members, parameters, strict=True):
-                if part not in self._reached[member]:
+                if whole not in self._reached[member]:
                     parameter.grad = None  # as it would be alone: zero is not nothing, weights would decay
 
 

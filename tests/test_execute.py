@@ -82,14 +82,14 @@ def executor() -> Executor:
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
     """The runs that are trained from now on, as "method seed"."""
-    runs, run = [], Training.run
+    runs, start = [], Training.start
 
     def spy(self):
         method = getattr(self.scheme, "method", None)
         runs.append(f"{type(method).__name__} {self.seed}")
-        return run(self)
+        start(self)
 
-    monkeypatch.setattr(Training, "run", spy)
+    monkeypatch.setattr(Training, "start", spy)
     return runs
 
 
@@ -256,16 +256,15 @@ def test_tables_are_made_without_the_data(folder):
 
 
 def test_a_network_that_breaks_at_its_very_last_step_has_diverged(folder, monkeypatch):
-    run = Training.run
+    end = Training.end_epoch
 
-    def poisoned(self):
-        history = run(self)
-        if self.seed == 1:
+    def poisoned(self, tally):
+        end(self, tally)
+        if self.seed == 1 and self.finished:
             self.scheme.deployed.classifier.bias.data.fill_(float("nan"))
-        return history
 
     executor().run_stage("teacher")
-    monkeypatch.setattr(Training, "run", poisoned)
+    monkeypatch.setattr(Training, "end_epoch", poisoned)
     frame = executor().ledger.frame(executor().run_stage("response"))
     assert set(frame[frame.seed == 1].status) == {"diverged"}
     assert set(frame[frame.seed == 0].status) == {"finished"}
@@ -373,7 +372,7 @@ def test_a_share_of_the_images_is_trained_on(folder):
     write_params(taught({"ce": {}, "few": {"method": "ce", "images": 0.5}}, seeds=[0]))
     everything, few = executor().run_stage("response")
     assert few.id != everything.id
-    bank = executor()._data.training(0, few.recipe, few.images)
+    bank = executor().data.training(0, few.recipe, few.images)
     assert len(bank) == 30 and bank.labels.bincount().tolist() == [10, 10, 10]
 
 
@@ -389,8 +388,8 @@ def test_the_networks_of_all_seeds_are_scored_together_where_asked(folder):
     store = Store(Path("store"), Path("runs"))
     found = store.ensemble("quick", "response", "stripes", "ce")
     assert found["runs"] == [spec.id for spec in specs]
-    test = executor()._data.watched(0, specs[0].recipe)["test"]
-    probabilities = sum(logits_of(executor()._teacher(spec), test).softmax(dim=1) for spec in specs)
+    test = executor().data.watched(0, specs[0].recipe)["test"]
+    probabilities = sum(logits_of(executor().maker.teacher(spec), test).softmax(dim=1) for spec in specs)
     expected = 100 * (probabilities.argmax(dim=1) == test.labels).double().mean().item()
     assert found["test_accuracy"] == pytest.approx(expected, abs=1e-6)
     executor().run_stage("response")  # publishing again leaves it
@@ -458,10 +457,10 @@ def test_the_pruned_teacher_is_scored_before_it_is_aligned(folder):
     write_params(few_images())
     first = executor()
     (spec,) = (spec for spec in first.run_stage("few_data") if spec.row == "few_sample_100")
-    teacher = first._teacher(spec.teacher)
-    pruned = first._data.build(spec.network, spec.recipe)
+    teacher = first.maker.teacher(spec.teacher)
+    pruned = first.data.build(spec.network, spec.recipe)
     pruned.load_state_dict(pruned_state(pruned, teacher))
-    test = first._data.watched(0, spec.recipe)["test"]
+    test = first.data.watched(0, spec.recipe)["test"]
     right = (pruned.eval()(next(test.plain(30))).logits.argmax(dim=1) == test.labels).double().mean().item()
     assert before_alignment(first.ledger, spec, torch.device("cpu")) == pytest.approx(100 * right)
     first.store.weights(spec.teacher.id).unlink()
@@ -496,13 +495,13 @@ PEERS = {"peers.0", "peers.1"}
 @pytest.fixture
 def schemes(monkeypatch) -> list:
     """The schemes that are trained from now on, as they are left."""
-    kept, run = [], Training.run
+    kept, start = [], Training.start
 
     def spy(self):
         kept.append(self.scheme)
-        return run(self)
+        start(self)
 
-    monkeypatch.setattr(Training, "run", spy)
+    monkeypatch.setattr(Training, "start", spy)
     return kept
 
 
@@ -533,14 +532,14 @@ def test_a_record_counts_all_peers_and_scores_each(folder, schemes):
     assert record["trained_parameters"] == {f"peers.{number}": student for number in range(3)}
     assert record["student_parameters"] == student
     peers = schemes[-1].peers.eval()
-    (images,) = executor()._data.watched(0, spec.recipe)["test"].plain(30)
+    (images,) = executor().data.watched(0, spec.recipe)["test"].plain(30)
     labels = torch.from_numpy(stripes().y_test)
     answers = [peer(images).logits.softmax(dim=1) for peer in peers]
     scored = dict(zip(("peer_0", "peer_1", "peer_2", "ensemble"), [*answers, sum(answers)], strict=True))
     found = {name: 100 * (p.argmax(dim=1) == labels).double().mean().item() for name, p in scored.items()}
     assert record["scores"]["test_accuracy"] == pytest.approx(found.pop("peer_0"), abs=1e-5)
     assert record["further"] == pytest.approx(found, abs=1e-5)
-    deployed = executor()._teacher(spec).eval()
+    deployed = executor().maker.teacher(spec).eval()
     torch.testing.assert_close(deployed(images).logits, peers[0](images).logits, rtol=0, atol=0)
 
 
@@ -646,7 +645,7 @@ def test_a_row_that_teaches_another_stages_row_is_published_with_its_own(folder)
 def test_blank_images_are_as_many_and_as_large_as_those_for_training(folder, held_out, share):
     made = executor()
     recipe = made.ledger.planner.params.recipes["short"]
-    blank, images = made._data.blank(held_out, recipe, share), made._data.training(held_out, recipe, share)
+    blank, images = made.data.blank(held_out, recipe, share), made.data.training(held_out, recipe, share)
     assert (len(blank), blank.padding) == (len(images), images.padding)
     pairs = list(zip(blank.plain(16), images.plain(16), strict=True))
     for nothing, something in pairs:

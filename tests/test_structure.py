@@ -19,13 +19,14 @@ FLOORS = tuple(
         "adapters augment blocks breakdown edits generator graphs heads image_set impressions margins modalities munge "
         "progress quantisation recipe roofline trees",
         "adversarial attention boundaries collective contrast cross_layer data ensembles exits few_samples fusion "
-        "generations hints layers logits models mutual penultimate quantised relative response reuse rocket samples sections "
-        "sources tree_students virtual_teacher",
+        "generations hints layers logits models mutual penultimate quantised relative response reuse rocket samples "
+        "sections sources tree_students virtual_teacher",
         "checkpoint collaborative data_free evaluate naive params schemes self_taught",
         "launch logit_table peers rivals snapshots synthetic train",
         "device study ways",
         "costs engine store",
         "cohort results",
+        "make",
         "execute",
         "answers equations notebook statistics",
         "insides relations tables",
@@ -37,7 +38,7 @@ FLOORS = tuple(
         "__main__",
     )
 )
-TRAINING_HALF = set().union(*FLOORS[:9])
+TRAINING_HALF = set().union(*FLOORS[:10])
 ALLOWED_THERE = {"torch", "torchvision", "PIL", "numpy", "pandas", "yaml", "safetensors", "sklearn"}
 
 
@@ -105,7 +106,7 @@ def test_matplotlib_is_imported_in_one_place():
     assert {name for name in users if not name.endswith("figures")} == set()
 
 
-@pytest.mark.parametrize("module", ["train", "execute", "schemes", "evaluate", "checkpoint"])
+@pytest.mark.parametrize("module", ["train", "cohort", "make", "execute", "schemes", "evaluate", "checkpoint"])
 def test_the_loop_knows_no_method_by_name(module):
     from kdstudy.study import METHODS
 

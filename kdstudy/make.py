@@ -1,0 +1,263 @@
+"""Makes runs, several at a time: builds, trains, scores them, and keeps records and weights."""
+
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdstudy import logit_table
+from kdstudy.breakdown import Profile as StepProfile
+from kdstudy.checkpoint import BadFile, load_weights, save_weights
+from kdstudy.cohort import Cohort
+from kdstudy.data import BlankBank, ImageBank
+from kdstudy.device import DataOnDevice
+from kdstudy.engine import Choices, Engine
+from kdstudy.evaluate import logits_of, score
+from kdstudy.logit_table import LogitTable
+from kdstudy.memory import free_bytes
+from kdstudy.models import count_parameters
+from kdstudy.params import Profile
+from kdstudy.schemes import Offline, Scheme, sample_batch
+from kdstudy.store import Record, Store
+from kdstudy.study import METHODS, SCHEMES, RunSpec
+from kdstudy.train import HALF, Diverged, Stopped, Surroundings, Training
+
+OnStep = Callable[[RunSpec, float, str], None]
+
+
+class Maker:
+    """Makes the runs of one data set on one device, in the way that a profile says.
+
+    `teaching` maps runs that teach to the epochs that cohorts will be taught by them: whether a table of a teacher's
+    logits pays depends on it. Into the folder `profile_into`, if one is named, a profile of the next cohort is written.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        data: DataOnDevice,
+        profile: Profile,
+        should_stop: Callable[[], bool],
+    ):
+        self.store, self.data, self.device = store, data, data.device
+        self._profile, self._should_stop = profile, should_stop
+        self.teaching: Mapping[str, int] = {}
+        self.profile_into: Path | None = None
+        self._engine = Engine(profile.way, profile.graphs, Choices(store.root.parent / "ways.json"))
+        self._teacher_logits = cache(self._teacher_logits)
+
+    def make(self, specs: Sequence[RunSpec], on_step: OnStep = lambda spec, epochs, text: None) -> list[Record]:
+        """Train runs together, each from its checkpoint if it has one; keep records and weights.
+
+        Runs that are finished are left as they are; those that diverge have a record, too. Raises Stopped.
+        """
+        with ExitStack() as locks:
+            for run in sorted(spec.id for spec in specs):  # in one order, so that no two processes wait for each other
+                locks.enter_context(self.store.lock(run))
+            missing = [spec for spec in specs if not self._is_made(spec)]  # another process may have made some
+            if missing:
+                self._train(missing, on_step)
+        return [self.store.record(spec) for spec in specs]
+
+    def _is_made(self, spec: RunSpec) -> bool:
+        record = self.store.record(spec)
+        return record is not None and (record["status"] == "diverged" or self.store.weights(spec.id).exists())
+
+    def _train(self, specs: Sequence[RunSpec], on_step: OnStep) -> None:
+        started = _now()
+        teacher = cache(self.teacher)  # one network for all that it teaches
+        trainings = {self._training(spec, teacher, on_step): spec for spec in specs}
+        table = self._table(specs, trainings)
+
+        def keep(training: Training, diverged: Diverged | None) -> None:
+            spec = trainings[training]
+            made_by = training.made_by | {"logit_table": table is not None}
+            record = _describe(spec, training.scheme, self.device) | {"started": started, "engine": made_by}
+            self._keep(spec, training, diverged, record)
+
+        cohort = Cohort(list(trainings), self._engine, table, keep)
+        if not self.profile_into:
+            cohort.run()
+            return
+        folder, self.profile_into = self.profile_into, None
+        subject = f"{len(specs)} runs of {specs[0].network}: {', '.join(map(str, specs))}"
+        with StepProfile(folder, self.device, subject=subject) as profile:
+            for _ in cohort.steps():
+                profile.step()
+
+    def _training(self, spec: RunSpec, teacher: Callable[[RunSpec], nn.Module], on_step: OnStep) -> Training:
+        bank = self._bank(spec)
+        return Training(
+            self._scheme(spec, bank, teacher),
+            spec.recipe,
+            bank,
+            seed=spec.seed,
+            watch=self.data.watched(spec.held_out, spec.recipe),
+            surroundings=Surroundings(
+                checkpoint=self.store.checkpoint(spec.id), on_step=partial(on_step, spec), should_stop=self._should_stop
+            ),
+            capturable=self._profile.graphs and self.device.type == "cuda",
+        )
+
+    def _keep(self, spec: RunSpec, training: Training, diverged: Diverged | None, record: Record) -> None:
+        scheme, history = training.scheme, training.history
+        scores, further = {}, {}
+        if not diverged:
+            scores = self._scores(scheme.deployed, spec)
+            further = {name: self._test_accuracy(network, spec) for name, network in scheme.further().items()}
+        if diverged or not all(map(math.isfinite, scores.values())):  # the very last step can do that
+            record |= {"status": "diverged", "scores": {}, "further": {}, "history": _without_nan(history)}
+        else:
+            record |= {"status": "finished", "scores": scores, "further": further, "history": history}
+            save_weights(scheme.deployed, self.store.weights(spec.id))
+        record["network_epochs"] = _network_epochs(scheme, history)
+        self.store.write_record(record | {"seconds": round(training.seconds, 1), "finished": _now()})
+
+    def _bank(self, spec: RunSpec) -> ImageBank | BlankBank:
+        """What a run is trained on."""
+        data_free = SCHEMES[spec.scheme_name].data_free
+        return (self.data.blank if data_free else self.data.training)(spec.held_out, spec.recipe, spec.images)
+
+    def _scheme(self, spec: RunSpec, bank: ImageBank | BlankBank, teacher: Callable[[RunSpec], nn.Module]) -> Scheme:
+        wanted = spec.teachers if SCHEMES[spec.scheme_name].needs_teacher else ()
+        teachers = [teacher(each) for each in wanted]
+        build = partial(self.data.build, recipe=spec.recipe)
+        return spec.assemble(build, teachers, sample_batch(bank, spec.recipe.batch))
+
+    def teacher(self, spec: RunSpec) -> nn.Module:
+        """The trained teacher. Where its weights are absent it is trained, even if its record is known.
+
+        Raises ValueError if it has diverged.
+        """
+        if not self.store.weights(spec.id).exists() and self.make([spec])[0]["status"] == "diverged":
+            raise ValueError(f"the teacher {spec} ({spec.id}) has diverged: no student can be trained by it")
+        network = self.data.build(spec.network, spec.recipe)
+        load_weights(network, self.store.weights(spec.id))
+        return network
+
+    def _table(self, specs: Sequence[RunSpec], trainings: Mapping[Training, RunSpec]) -> dict[nn.Module, LogitTable]:
+        """The logits of the teacher of these runs, by that network, if a table is wanted, possible and pays."""
+        first, scheme = specs[0], next(iter(trainings)).scheme
+        if not self._profile.logit_table or type(scheme) is not Offline or len(first.teachers) > 1:
+            return {}
+        if not all(logit_table.reads_logits_only(METHODS[spec.method]) for spec in specs):
+            return {}
+        bank, flip, half = next(iter(trainings)).bank, first.recipe.flip, HALF[first.recipe.precision]
+        data = f"{first.data_checksum} without {first.held_out}, {first.images:g} of the rest"
+        path = self.store.root / first.teacher.id / "logits.safetensors"
+        named = {"teacher": first.teacher.id, "data": data}
+        try:
+            return {scheme.teacher: LogitTable.load(path, bank, **named, flip=flip, half=half)}
+        except BadFile:
+            pass  # absent, torn, or of other images
+        size = {"images": len(bank), "classes": self.data.images.classes, "padding": bank.padding, "flip": flip}
+        if not logit_table.pays(self.teaching.get(first.teacher.id, 0), **size, memory=free_bytes(self.device) // 4):
+            return {}
+        table = LogitTable.build(scheme.teacher, bank, flip=flip, half=half, should_stop=self._should_stop)
+        if table is None:
+            raise Stopped
+        table.save(path, **named)
+        return {scheme.teacher: table}
+
+    def _scores(self, network: nn.Module, spec: RunSpec) -> dict[str, float]:
+        watch = self.data.watched(spec.held_out, spec.recipe)
+        teacher_logits = self._teacher_logits(spec.teacher) if spec.teacher else None
+        test = score(logits_of(network, watch["test"]), watch["test"].labels, teacher_logits)
+        scores = {"test_accuracy": test.accuracy, "nll": test.nll, "ece": test.ece}
+        if spec.teacher:
+            scores |= {"agreement": test.agreement, "teacher_accuracy": accuracy(teacher_logits, watch["test"])}
+        if "held_out" in watch:
+            scores["val_accuracy"] = accuracy(logits_of(network, watch["held_out"]), watch["held_out"])
+        return {name: round(value, 6) for name, value in scores.items()}
+
+    def _test_accuracy(self, network: nn.Module, spec: RunSpec) -> float:
+        test = self.data.watched(spec.held_out, spec.recipe)["test"]
+        return round(accuracy(logits_of(network, test), test), 6)
+
+    def _teacher_logits(self, spec: RunSpec) -> Tensor:
+        return logits_of(self.teacher(spec), self.data.watched(0, spec.recipe)["test"])
+
+
+def accuracy(logits: Tensor, bank: ImageBank) -> float:
+    """Percent of a bank's images that logits (N, C) get right."""
+    return score(logits, bank.labels).accuracy
+
+
+def _describe(spec: RunSpec, scheme: Scheme, device: torch.device) -> Record:
+    return {
+        "run": spec.id,
+        "dataset": spec.dataset,
+        "data_checksum": spec.data_checksum,
+        "held_out": spec.held_out,
+        "network": spec.network,
+        "method": spec.method,
+        "hyperparameters": asdict(spec.build_method()),
+        "recipe": asdict(spec.recipe),
+        "seed": spec.seed,
+        "images": spec.images,
+        "teacher_run": spec.teacher.id if spec.teacher else None,
+        "co_teacher_runs": [teacher.id for teacher in spec.co_teachers],
+        "scheme": spec.scheme_name,
+        "scheme_options": asdict(spec.build_options()),
+        "partners": list(spec.partners),
+        "deployed": scheme.role,
+        "student_parameters": count_parameters(scheme.deployed),
+        "trained_parameters": _trained_parameters(scheme),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def _trained_parameters(scheme: Scheme) -> dict[str, int]:
+    """How many numbers of each network, and of the adapters, training changes."""
+    names = [name for phase in scheme.phases() for name in phase.trains]
+    counts, counted = {}, set()
+    for network in [*scheme.trained_networks(names), "adapters"]:
+        own = set(scheme.trained_parameters([network])) - counted  # of what networks share, the first one has it
+        counted |= own
+        counts[network] = sum(map(torch.numel, own))
+    return {network: count for network, count in counts.items() if count}
+
+
+def _network_epochs(scheme: Scheme, history: Sequence[Mapping]) -> int:
+    """How many epochs of one network a run took, forward and back, over all phases and networks that it trained."""
+    passes = {phase.name: scheme.passes(phase) for phase in scheme.phases()}
+    return sum(passes[epoch["phase"]] for epoch in history)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _without_nan(history: list[dict]) -> list[dict]:
+    def cleaned(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{name: cleaned(value) for name, value in epoch.items()} for epoch in history]
+
+
+@cache
+def commit() -> str:
+    """The commit of the code that runs, with "+" if the tree has changes; KDSTUDY_COMMIT where there is no git."""
+    try:
+        head = _git("rev-parse", "HEAD")[:12]
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "kdstudy", "params.yaml")
+        return head + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("KDSTUDY_COMMIT", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent.parent
+    return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout.strip()
