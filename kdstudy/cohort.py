@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,6 +55,11 @@ class Cohort:
         self._let_go()
         while self._waiting:
             yield from self._finish_epoch(self._furthest_behind())
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """How steps were last taken: `Stepper.description`."""
+        return next(iter(self._steppers.values())).description
 
     @contextmanager
     def own_random(self, member: Training) -> Iterator[None]:
