@@ -65,6 +65,25 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument("--out", type=Path, default=Path("reports/costs"), help="folder of the table SETTING.csv")
     costs.set_defaults(command=_costs)
 
+    bench = commands.add_parser("bench", help="images per second beside the usual loop, alone and in cohorts")
+    bench.add_argument("--student", action="append", metavar="NAME", help="only this pair's; may be repeated")
+    bench.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of all but the usual loop")
+    bench.add_argument("--cohort", type=int, default=9, help="students that are trained together")
+    bench.add_argument("--way", default="measured", help="in_turn, fused, streams, or measured for the fastest")
+    bench.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs, on a GPU")
+    bench.add_argument("--table", action="store_true", help="also with a table of the teacher's logits")
+    bench.add_argument("--growth", action="store_true", help="how cost grows with students, batch and threads instead")
+    bench.add_argument("--batch", type=int, default=128, help="images in a step")
+    bench.add_argument("--images", type=int, default=12800, help="images in an epoch")
+    bench.add_argument("--steps", type=int, default=10, help="steps that a variant takes in a round")
+    bench.add_argument("--rounds", type=int, default=5, help="rounds that medians are taken of")
+    bench.add_argument("--workers", type=int, default=8, help="processes of the usual loop that load images")
+    bench.add_argument("--threads", type=int, help="CPU threads; by default torch's own number")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    bench.add_argument("--deterministic", action="store_true", help="with results that repeat to the bit on a GPU")
+    bench.add_argument("--out", type=Path, default=Path("reports/bench"), help="folder of the table DEVICE.csv")
+    bench.set_defaults(command=_bench)
+
     commands.add_parser("notebook", help="execute a notebook: SOURCE OUTPUT NAME=VALUE ...")
 
     form = commands.add_parser("format", help="bring the source notebooks into their canonical form")
@@ -163,6 +182,39 @@ def _costs(arguments: argparse.Namespace) -> None:
     path = arguments.out / f"{arguments.setting}.csv"
     write_text(path, table.round(4).to_csv(index=False, lineterminator="\n"))
     print(table.drop(columns="seconds").round(2).to_string(index=False))
+    print(f"written: {path}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+    import torch
+
+    from kdstudy.bench import PAIRS, Plan, growth, measure, usual_variants
+    from kdstudy.device import choose_device, make_ready
+    from kdstudy.engine import Engine
+    from kdstudy.files import write_text
+    from kdstudy.params import look_up
+
+    device = choose_device(arguments.device)
+    make_ready(arguments.deterministic)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    engine = Engine(arguments.way, arguments.graphs)
+    sizes = {name: getattr(arguments, name) for name in ("batch", "images", "steps", "rounds", "workers")}
+    tables = []
+    for student in arguments.student or PAIRS:
+        plan = Plan(student=student, teacher=look_up("student", student, PAIRS), device=device, **sizes)
+        if arguments.growth:
+            tables.append(growth(plan, arguments.precision, engine, tell=print))
+        else:
+            variants = usual_variants(arguments.precision, arguments.cohort, engine, table=arguments.table)
+            tables.append(measure(plan, variants, print))
+    table = pd.concat(tables)
+    name = re.sub(r"\W+", "_", table.device.iloc[0]).strip("_") + ("_growth" if arguments.growth else "")
+    path = arguments.out / f"{name}.csv"
+    write_text(path, table.round(6).to_csv(index=False, lineterminator="\n"))
+    shown = ["student", "variant", "precision", "way", "graph", "batch", "threads", "images_per_second", "ratio"]
+    print(table[[*shown, "roofline_share", "outside_kernels"]].round(2).to_string(index=False))
     print(f"written: {path}")
 
 

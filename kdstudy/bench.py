@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from statistics import median
 from typing import Any
@@ -23,16 +23,18 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 from kdstudy.breakdown import break_down, read_events
 from kdstudy.cohort import Cohort
 from kdstudy.device import DataOnDevice
-from kdstudy.engine import BLOCK, MEASURED, ROUNDS, WAYS, Engine
+from kdstudy.engine import BLOCK, ROUNDS, Engine
 from kdstudy.image_set import ImageSet
 from kdstudy.logit_table import LogitTable
 from kdstudy.models import build_model
 from kdstudy.naive import NaiveLoop
+from kdstudy.params import MEASURED, WAYS
 from kdstudy.recipe import Recipe
 from kdstudy.response import VanillaKD
 from kdstudy.roofline import Limits, count_work, measure_limits, roofline_seconds
 from kdstudy.schemes import Offline, sample_batch
 from kdstudy.train import HALF, Training
+from kdstudy.workers import cores
 
 PAIRS = {"wrn_16_1": "wrn_40_1", "wrn_16_2": "wrn_40_2", "resnet18": "resnet34"}  # student: teacher
 CLASSES = 100
@@ -148,6 +150,37 @@ def usual_variants(precision: str, students: int, engine: Engine, *, table: bool
     if table:
         found.append(own(f"cohort of {students}, table", students, precision, engine, tabled=True))
     return found
+
+
+def growth(
+    plan: Plan,
+    precision: str,
+    engine: Engine,
+    *,
+    students: Sequence[int] = (1, 2, 4, 9, 18, 36),
+    batches: Sequence[int] = (64, 128, 256, 512, 1024),
+    threads: Sequence[int] = (1, 2, 4, 8, 16),
+    tell: Callable[[str], None] = lambda text: None,
+) -> pd.DataFrame:
+    """How the cost of one run grows with students at its side, with the batch, and on a CPU with threads.
+
+    `COLUMNS` after one more: `series`, which names what is varied. More threads than processors are left out. Ratios
+    are against the first of each series that is measured in one sitting: students; the rest stand by themselves.
+    """
+    cohorts = [own(f"cohort of {count}", count, precision, engine) for count in students]
+    frames = [measure(plan, cohorts, tell).assign(series="students")]
+    for batch in batches:
+        sized = replace(plan, batch=batch, images=max(plan.images, batch))
+        frames.append(measure(sized, [own("one run", 1, precision, engine)], tell).assign(series="batch"))
+    usual = torch.get_num_threads()
+    try:
+        for number in threads if plan.device.type == "cpu" else ():
+            if number <= cores():
+                torch.set_num_threads(number)
+                frames.append(measure(plan, [own("one run", 1, precision, engine)], tell).assign(series="threads"))
+    finally:
+        torch.set_num_threads(usual)
+    return pd.concat(frames)[["series", *COLUMNS]]
 
 
 def measure(plan: Plan, variants: Sequence[Variant], tell: Callable[[str], None] = lambda text: None) -> pd.DataFrame:

@@ -20,12 +20,11 @@ from torch import Tensor
 from kdstudy.core import require_choice
 from kdstudy.files import write_json
 from kdstudy.graphs import NotCapturable, capture, make_state, optimiser_tensors
+from kdstudy.params import MEASURED, WAYS
 from kdstudy.schemes import Batch
 from kdstudy.train import Training
 from kdstudy.ways import FusedInOne, Group, InTurn, OnStreams, OwnRandom, Way, why_not_in_one
 
-WAYS = ("in_turn", "fused", "streams")
-MEASURED = "measured"
 ROUNDS, BLOCK = 4, 5  # blocks of steps by which each way is timed, of which the first does not count
 
 MakeBatch = Callable[[Group, slice | Tensor], Batch]
@@ -57,7 +56,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Engine:
-    """`way` is one of `WAYS`, or "measured" for the fastest; `graphs` captures steps where the device can do that.
+    """`way` is one of `params.WAYS`, or "measured" for the fastest; `graphs` captures steps where the device can.
 
     Runs that cannot be fused are taken in turn, steps that cannot be captured as they come, with a warning that gives
     the reason. `capture` takes a step and its state, as `graphs.capture` does; None stands for that, on a GPU.

@@ -10,10 +10,13 @@ from typing import Any
 
 import yaml
 
+from kdstudy.core import require_choice, require_whole
 from kdstudy.files import unknown_name
 from kdstudy.recipe import Recipe
 
 PARAMS_FILE = Path("params.yaml")
+WAYS = ("in_turn", "fused", "streams")  # in which runs that share batches take their steps (`ways`)
+MEASURED = "measured"  # stands for the fastest of them
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,17 @@ class Profile:
     threads: int = 0  # CPU threads of a run; 0 leaves the choice to torch
     workers: int = 1  # processes side by side on a CPU; 0 is one for each processor
     cohort: int = 1  # how many runs that share batches and teacher are trained together, at most
-    way: str = "in_turn"  # how they take their steps: in_turn, fused, streams, or measured for the fastest
+    way: str = "in_turn"  # how they take their steps: one of `WAYS`, or "measured" for the fastest
     graphs: bool = False  # whether steps are captured into CUDA graphs
     deterministic: bool = False  # whether a GPU's results must repeat to the bit, at the price of speed
     logit_table: bool = False  # whether a teacher's logits on all crops are tabled, where they are all that is read
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and a way that is none."""
+        require_whole("threads", self.threads, least=0)
+        require_whole("workers", self.workers, least=0)
+        require_whole("cohort", self.cohort)
+        require_choice("way", self.way, (*WAYS, MEASURED))
 
 
 @dataclass(frozen=True)
