@@ -212,7 +212,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     table = pd.concat(tables)
     name = re.sub(r"\W+", "_", table.device.iloc[0]).strip("_") + ("_growth" if arguments.growth else "")
     path = arguments.out / f"{name}.csv"
-    write_text(path, table.round(6).to_csv(index=False, lineterminator="\n"))
+    earlier = pd.read_csv(path) if path.exists() else table[:0]
+    kept = pd.concat([earlier[~earlier.student.isin(table.student)], table.round(6)])  # other pairs' rows stay
+    write_text(path, kept.to_csv(index=False, lineterminator="\n"))
     shown = ["student", "variant", "precision", "way", "graph", "batch", "threads", "images_per_second", "ratio"]
     print(table[[*shown, "roofline_share", "outside_kernels"]].round(2).to_string(index=False))
     print(f"written: {path}")

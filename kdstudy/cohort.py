@@ -100,12 +100,11 @@ class Cohort:
         """The batch that a group shares, with the views that are known before anyone looks."""
         leader = next((member for member in group if member.scheme.wants_strong), group[0])
         batch = leader.batch(rows)
-        if len(self.members) == 1 and not self.tables:
-            return batch
         known = {teacher: View(table.answers(batch.indices, *batch.crop)) for teacher, table in self.tables.items()}
         batch = batch._replace(seen=known)
-        for member in group:
-            member.scheme.share(batch, HALF[member.recipe.precision])
+        if len(group) > 1:
+            for member in group:
+                member.scheme.share(batch, HALF[member.recipe.precision])
         return batch
 
     def _between_steps(self, group: Sequence[Training]) -> None:

@@ -37,8 +37,9 @@ OnStep = Callable[[RunSpec, float, str], None]
 class Maker:
     """Makes the runs of one data set on one device, in the way that a profile says.
 
-    `teaching` maps runs that teach to the epochs that cohorts will be taught by them: whether a table of a teacher's
-    logits pays depends on it. Into the folder `profile_into`, if one is named, a profile of the next cohort is written.
+    `teaching` maps tables of teachers' logits, as `table_of` names them, to the epochs of cohorts that they could serve:
+    whether one pays depends on it. Into the folder `profile_into`, if one is named, a profile of the next cohort is
+    written.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class Maker:
     ):
         self.store, self.data, self.device = store, data, data.device
         self._profile, self._should_stop = profile, should_stop
-        self.teaching: Mapping[str, int] = {}
+        self.teaching: Mapping[tuple[str, str], int] = {}
         self.profile_into: Path | None = None
-        self._engine = Engine(profile.way, profile.graphs, Choices(store.root.parent / "ways.json"))
+        self._engine = Engine(profile.way, profile.graphs, profile.compiles, Choices(store.root.parent / "ways.json"))
         self._teacher_logits = cache(self._teacher_logits)
 
     def make(self, specs: Sequence[RunSpec], on_step: OnStep = lambda spec, epochs, text: None) -> list[Record]:
@@ -80,7 +81,7 @@ class Maker:
 
         def keep(training: Training, diverged: Diverged | None) -> None:
             spec = trainings[training]
-            made_by = training.made_by | {"logit_table": table is not None}
+            made_by = training.made_by | {"logit_table": bool(table)}
             record = _describe(spec, training.scheme, self.device) | {"started": started, "engine": made_by}
             self._keep(spec, training, diverged, record)
 
@@ -146,21 +147,19 @@ class Maker:
 
     def _table(self, specs: Sequence[RunSpec], trainings: Mapping[Training, RunSpec]) -> dict[nn.Module, LogitTable]:
         """The logits of the teacher of these runs, by that network, if a table is wanted, possible and pays."""
+        wanted = table_of(specs)
+        if not self._profile.logit_table or not wanted:
+            return {}
         first, scheme = specs[0], next(iter(trainings)).scheme
-        if not self._profile.logit_table or type(scheme) is not Offline or len(first.teachers) > 1:
-            return {}
-        if not all(logit_table.reads_logits_only(METHODS[spec.method]) for spec in specs):
-            return {}
         bank, flip, half = next(iter(trainings)).bank, first.recipe.flip, HALF[first.recipe.precision]
-        data = f"{first.data_checksum} without {first.held_out}, {first.images:g} of the rest"
         path = self.store.root / first.teacher.id / "logits.safetensors"
-        named = {"teacher": first.teacher.id, "data": data}
+        named = dict(zip(("teacher", "data"), wanted, strict=True))
         try:
             return {scheme.teacher: LogitTable.load(path, bank, **named, flip=flip, half=half)}
         except BadFile:
             pass  # absent, torn, or of other images
         size = {"images": len(bank), "classes": self.data.images.classes, "padding": bank.padding, "flip": flip}
-        if not logit_table.pays(self.teaching.get(first.teacher.id, 0), **size, memory=free_bytes(self.device) // 4):
+        if not logit_table.pays(self.teaching.get(wanted, 0), **size, memory=free_bytes(self.device) // 4):
             return {}
         table = LogitTable.build(scheme.teacher, bank, flip=flip, half=half, should_stop=self._should_stop)
         if table is None:
@@ -185,6 +184,16 @@ class Maker:
 
     def _teacher_logits(self, spec: RunSpec) -> Tensor:
         return logits_of(self.teacher(spec), self.data.watched(0, spec.recipe)["test"])
+
+
+def table_of(specs: Sequence[RunSpec]) -> tuple[str, str] | None:
+    """The teacher's run and the images of a table of logits that could serve these runs; None if they need more."""
+    for spec in specs:
+        reads_logits_only = logit_table.reads_logits_only(METHODS[spec.method])
+        if SCHEMES[spec.scheme_name] is not Offline or len(spec.teachers) > 1 or not reads_logits_only:
+            return None
+    first = specs[0]
+    return first.teacher.id, f"{first.data_checksum} without {first.held_out}, {first.images:g} of the rest"
 
 
 def accuracy(logits: Tensor, bank: ImageBank) -> float:

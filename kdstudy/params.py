@@ -32,6 +32,7 @@ class Profile:
     cohort: int = 1  # how many runs that share batches and teacher are trained together, at most
     way: str = "in_turn"  # how they take their steps: one of `WAYS`, or "measured" for the fastest
     graphs: bool = False  # whether steps are captured into CUDA graphs
+    compiles: bool = False  # whether compiled students are among the ways that are measured
     deterministic: bool = False  # whether a GPU's results must repeat to the bit, at the price of speed
     logit_table: bool = False  # whether a teacher's logits on all crops are tabled, where they are all that is read
 

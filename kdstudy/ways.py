@@ -1,9 +1,11 @@
 """The ways to take a step of runs that share a batch: one after the other, fused into one network, or on streams."""
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from kdstudy.breakdown import part
 from kdstudy.fusion import Fused, why_not_fused
 from kdstudy.memory import bytes_kept, free_bytes
-from kdstudy.schemes import Batch, forward, untracked
+from kdstudy.schemes import Batch, forward
 from kdstudy.train import HALF, Training
 
 Group = Sequence[Training]
@@ -27,16 +29,42 @@ class Way(Protocol):
         """Losses, gradients, updates and sums of all runs on the batch that they share."""
 
 
-class InTurn:
-    """One run after the other; each is to the bit what it is alone."""
+class Calls:
+    """How networks are called: as they are, or compiled. One that cannot be compiled is called as it is."""
 
-    def __init__(self, group: Group, own_random: OwnRandom):
+    def __init__(self, compiles: bool):
+        self._compiles = compiles
+        self._compiled: dict[nn.Module, Callable] = {}
+
+    def forward(self, network: nn.Module, images: Tensor, half: torch.dtype | None) -> Any:
+        """What the network answers, under autocast to `half` if it is given."""
+        if self._compiles and network not in self._compiled:
+            self._compiled[network] = torch.compile(network)
+        call = self._compiled.get(network, network)
+        try:
+            return forward(call, images, half)
+        except Exception as error:  # compilers and their backends raise anything
+            if call is network:
+                raise
+            warnings.warn(f"a network is not compiled: {str(error).partition(chr(10))[0]}", stacklevel=2)
+            self._compiled[network] = network
+            return forward(network, images, half)
+
+
+class InTurn:
+    """One run after the other; each is to the bit what it is alone, unless students are compiled."""
+
+    def __init__(self, group: Group, own_random: OwnRandom, *, compiles: bool = False):
         self._group, self._own_random = group, own_random
+        self._calls = Calls(compiles=True) if compiles else None
 
     def step(self, batch: Batch) -> None:
         """Take one."""
         for member in self._group:
             with self._own_random(member):
+                if self._calls:
+                    view = self._calls.forward(_student(member), batch.images, HALF[member.recipe.precision])
+                    batch.seen[_student(member)] = view
                 member.step(batch)
 
 
@@ -47,6 +75,7 @@ class FusedInOne:
 
     def __init__(self, group: Group, own_random: OwnRandom):
         self._group, self._own_random = group, own_random
+        self._calls = Calls(compiles=False)
         self._parts: list[tuple[Group, Fused]] = []
         self._reached: dict[Training, set[Tensor]] = {}  # the parameters on which a run's loss depends
 
@@ -54,12 +83,18 @@ class FusedInOne:
         """Take one."""
         if not self._parts:
             parts = memory_holds(self._group, batch)
-            self._parts = [(members, Fused([_student(member) for member in members])) for members in parts]
+            self._parts += [(members, Fused([_student(member) for member in members])) for members in parts]
         for members, fused in self._parts:
             self._step_of(members, fused, batch)
 
+    def compiled(self) -> Self:
+        """The same fused networks, compiled: to fuse anew would take the students' memory away from these."""
+        twin = copy.copy(self)
+        twin._calls = Calls(compiles=True)
+        return twin
+
     def _step_of(self, members: Group, fused: Fused, batch: Batch) -> None:
-        views = forward(fused, batch.images, HALF[members[0].recipe.precision])
+        views = self._calls.forward(fused, batch.images, HALF[members[0].recipe.precision])
         batch.seen.update(zip(map(_student, members), views, strict=True))
         parameters, total = list(fused.parameters()), 0
         for member in members:
@@ -110,23 +145,29 @@ class OnStreams:
 
 def why_not_in_one(group: Group) -> str:
     """Why the students of these runs cannot be fused in the phases in which they are, "" if they can."""
-    if len(group) == 1:
-        return "there is one run"
+    return "there is one run" if len(group) == 1 else why_not_apart(group) or why_not_fused(list(map(_student, group)))
+
+
+def why_not_apart(group: Group) -> str:
+    """Why the students' forward passes cannot be taken out of the runs' steps, "" if they can."""
     for member in group:
         current = member.current
         if member.scheme.whole_student(current.phase) is None:
             return f"{current.phase.name!r} is no phase in which one student learns as a whole from one look at a batch"
         if len(current.turns) > 1 or current.turns[0].times > 1 or current.turns[0].fresh:
             return f"{current.phase.name!r} takes several optimiser steps a batch"
-    return why_not_fused([_student(member) for member in group])
+    return next((reason for member in group if (reason := why_not_fused([_student(member)]))), "")
 
 
 def memory_holds(group: Group, batch: Batch) -> list[Group]:
     """The group in parts, as few and as even as can be, whose steps find room side by side."""
     member = group[0]
     turn = member.current.turns[0]
-    with torch.random.fork_rng([member.device] if member.device.type == "cuda" else []), untracked(member.scheme):
+    before = [(buffer, buffer.clone()) for buffer in member.scheme.buffers()]  # losses may move them on
+    with torch.random.fork_rng([member.device] if member.device.type == "cuda" else []):
         _, kept = bytes_kept(lambda: member.losses(turn, batch))
+    for buffer, value in before:
+        buffer.copy_(value)
     room = int(SHARE_OF_MEMORY * free_bytes(member.device) // max(1, sum(kept.values())))
     parts = -(-len(group) // max(1, room))
     bounds = [len(group) * part // parts for part in range(parts + 1)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -462,3 +463,35 @@ def test_a_table_stands_for_the_teacher():
 def test_a_scheme_that_acts_between_steps_says_so(scheme):
     own = scheme.begin_step is not Scheme.begin_step
     assert own == ("acts_between_steps" in vars(scheme) or scheme is SCHEMES["peers"])
+
+
+# compiled
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles by a C++ compiler")
+def test_compiled_students_are_among_the_ways_and_train_to_the_same_end(monkeypatch):
+    monkeypatch.setattr(engine, "STEPS_TO_COMPILE_FOR", 1)
+    taken = count_calls(monkeypatch, torch, "compile")
+    changes = {"epochs": 22, "milestones": (9,)}
+    members = in_turn(FUSED[:2], changes=changes)
+    Cohort(members, Engine("measured", compiles=True)).run()
+    assert len(taken) == 3  # two students and both in one
+    for member, expected in zip(members, alone(FUSED[:2], changes=changes), strict=True):
+        assert_close(member, expected, 1e-9)
+
+
+def test_what_cannot_be_compiled_goes_on_as_it_is(monkeypatch):
+    def broken(network):
+        def call(images):
+            raise RuntimeError("no compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(engine, "STEPS_TO_COMPILE_FOR", 1)
+    monkeypatch.setattr(torch, "compile", broken)
+    changes = {"epochs": 22, "milestones": (9,)}
+    members = in_turn(FUSED[:2], changes=changes)
+    with pytest.warns(UserWarning, match="a network is not compiled: no compiler$"):
+        Cohort(members, Engine("measured", compiles=True)).run()
+    for member, expected in zip(members, alone(FUSED[:2], changes=changes), strict=True):
+        assert_close(member, expected, 1e-9)
