@@ -159,6 +159,8 @@ def _run(arguments: argparse.Namespace) -> None:
         except Stopped:
             specs = ledger.runs(arguments.setting, arguments.stage)
             print("the budget is spent; the same command goes on from here. On record so far:")
+    if arguments.profile:
+        print(f"where the time of a step goes: {arguments.profile / 'breakdown.md'}")
     print(ledger.frame(specs)[["method", "purpose", "seed", "test_accuracy", "status", "run"]].to_string(index=False))
 
 
@@ -212,8 +214,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     table = pd.concat(tables)
     name = re.sub(r"\W+", "_", table.device.iloc[0]).strip("_") + ("_growth" if arguments.growth else "")
     path = arguments.out / f"{name}.csv"
-    earlier = pd.read_csv(path) if path.exists() else table[:0]
-    kept = pd.concat([earlier[~earlier.student.isin(table.student)], table.round(6)])  # other pairs' rows stay
+    earlier = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else table[:0]
+    same = [name for name in ("series", "student", "variant", "precision", "batch", "threads") if name in table]
+    kept = pd.concat([earlier, table.round(6)]).drop_duplicates(same, keep="last")
     write_text(path, kept.to_csv(index=False, lineterminator="\n"))
     shown = ["student", "variant", "precision", "way", "graph", "batch", "threads", "images_per_second", "ratio"]
     print(table[[*shown, "roofline_share", "outside_kernels"]].round(2).to_string(index=False))

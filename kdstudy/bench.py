@@ -18,10 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from kdstudy.breakdown import break_down, read_events
 from kdstudy.cohort import Cohort
+from kdstudy.core import require_whole
 from kdstudy.device import DataOnDevice
 from kdstudy.engine import BLOCK, ROUNDS, Engine
 from kdstudy.image_set import ImageSet
@@ -51,7 +53,7 @@ COLUMNS = (
 class Plan:
     """One sitting: `rounds` rounds in which every variant takes `steps` steps, after `warm_up` of each.
 
-    `workers` are those of the naive loop; `images` make an epoch.
+    `workers` are those of the naive loop; `images` make an epoch. Raises ValueError unless they are whole batches.
     """
 
     student: str
@@ -63,6 +65,16 @@ class Plan:
     steps: int = 10
     rounds: int = 5
     warm_up: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and an odd last batch, whose step would count as a whole one."""
+        for name in ("batch", "steps", "rounds"):
+            require_whole(name, getattr(self, name))
+        require_whole("images", self.images, least=CLASSES)
+        if self.images % self.batch:
+            raise ValueError(
+                f"images must be whole batches of {self.batch}, so that steps are alike, not {self.images}"
+            )
 
     def data(self) -> ImageSet:
         """Random images of CIFAR's size, of 100 classes."""
@@ -105,8 +117,8 @@ def naive() -> Variant:
 
     def build(plan: Plan):
         torch.manual_seed(0)
-        networks = [build_model(name, classes=CLASSES) for name in (plan.student, plan.teacher)]
-        loop = NaiveLoop(*networks, plan.data(), batch=plan.batch, workers=plan.workers, device=plan.device)
+        teacher, student = (build_model(name, classes=CLASSES) for name in (plan.teacher, plan.student))
+        loop = NaiveLoop(student, teacher, plan.data(), batch=plan.batch, workers=plan.workers, device=plan.device)
         steps = (None for _ in count() for _ in loop.steps())  # between epochs workers end and start anew
         return lambda: next(steps), lambda: {"way": "in_turn", "graph": False}
 
@@ -170,7 +182,7 @@ def growth(
     cohorts = [own(f"cohort of {count}", count, precision, engine) for count in students]
     frames = [measure(plan, cohorts, tell).assign(series="students")]
     for batch in batches:
-        sized = replace(plan, batch=batch, images=max(plan.images, batch))
+        sized = replace(plan, batch=batch, images=batch * math.ceil(plan.images / batch))
         frames.append(measure(sized, [own("one run", 1, precision, engine)], tell).assign(series="batch"))
     usual = torch.get_num_threads()
     try:
@@ -243,14 +255,17 @@ def _profiled(variant: Variant, device: torch.device) -> dict[str, float]:
             variant.step()
             profiler.step()
         _wait(device)
-    events = profiler.events()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        ended = sorted(events, key=lambda event: event.time_range.end)
-        peak = max(accumulate(event.self_cpu_memory_usage for event in ended))
-    idle = break_down(read_events(events), PROFILED_STEPS).idle
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else _peak_on_host(profiler)
+    idle = break_down(read_events(profiler.events()), PROFILED_STEPS).idle
     return {"outside_kernels": idle, "peak_megabytes": peak / 1e6}
+
+
+def _peak_on_host(profiler: profile) -> int:
+    """The most bytes that tensors took at the same time, beyond those that were there before."""
+    # not from `profiler.events()`: there, what Python lets go between operations counts where the step ends
+    recorded = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == MEMORY_EVENT_NAME)
+    return max(accumulate(size for _, size in changes))
 
 
 def _row(variant: Variant, first: Variant, plan: Plan, limits: Limits) -> dict[str, Any]:

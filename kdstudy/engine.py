@@ -139,11 +139,12 @@ class Stepper:
         self._blocks = [name for _ in range(ROUNDS) for name in takers] if len(takers) > 1 else []
         self._seconds: dict[str, list[float]] = {name: [] for name in takers}
         self._in_block = 0
+        self._start = self._spent = 0.0  # of the block: since when it has gone on, and what it took before
 
     @property
     def description(self) -> dict[str, str | int]:
         """How many runs are trained together, the way they are, and whether from a graph."""
-        way = MEASURED if self._blocks else next(iter(self._takers))
+        way = MEASURED if len(self._takers) > 1 else next(iter(self._takers))
         captured = all(isinstance(taker, Replayed) and taker.works for taker in self._takers.values())
         return {"runs": len(self._group), "way": way, "graph": captured}
 
@@ -151,6 +152,8 @@ class Stepper:
         """Whatever ways need before the first step of an epoch, or of a session."""
         for taker in self._takers.values():
             taker.begin_epoch()
+        if self._in_block:
+            self._start = self._now()
 
     def step(self) -> None:
         """Take one."""
@@ -159,25 +162,29 @@ class Stepper:
                 member.begin_step()
         if self._blocks:
             self._timed_step()
-        else:
-            next(iter(self._takers.values())).step()
+            return
+        if len(self._takers) > 1:
+            self._decide()
+        next(iter(self._takers.values())).step()
 
     def _timed_step(self) -> None:
         name = self._blocks[0]
         if self._in_block == 0:
             self._takers[name].begin_epoch()  # others have moved on meanwhile
-            self._start = self._now()
+            self._start, self._spent = self._now(), 0.0
         self._takers[name].step()
         self._in_block += 1
         if self._in_block == BLOCK:
-            self._seconds[name].append(self._now() - self._start)
+            self._seconds[name].append(self._spent + self._now() - self._start)
             del self._blocks[0]
             self._in_block = 0
-        if not self._blocks:
-            fastest = min(self._seconds, key=lambda way: median(self._seconds[way][1:]))
-            self._takers = {fastest: self._takers[fastest]}
-            self._takers[fastest].begin_epoch()
-            self._decided(fastest)
+
+    def _decide(self) -> None:
+        # before a step: after one, the runs have not yet been told that it is done
+        fastest = min(self._seconds, key=lambda way: median(self._seconds[way][1:]))
+        self._takers = {fastest: self._takers[fastest]}
+        self._takers[fastest].begin_epoch()
+        self._decided(fastest)
 
     def _now(self) -> float:
         if self._group[0].device.type == "cuda":
@@ -186,6 +193,8 @@ class Stepper:
 
     def tally(self) -> Tensor:
         """The tallies of all runs, one after the other."""
+        if self._in_block:
+            self._spent += self._now() - self._start  # what comes between two epochs is no step
         return next(iter(self._takers.values())).tally()
 
 

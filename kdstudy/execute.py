@@ -10,7 +10,7 @@ import torch
 from kdstudy.device import DataOnDevice, choose_device, data_path, make_ready
 from kdstudy.evaluate import logits_of
 from kdstudy.image_set import read_card, read_image_set
-from kdstudy.make import Maker, OnStep, accuracy
+from kdstudy.make import Maker, OnStep, accuracy, table_of
 from kdstudy.models import Ensemble
 from kdstudy.params import PARAMS_FILE, load_params, look_up
 from kdstudy.results import Ledger
@@ -82,9 +82,7 @@ class Executor:
     @cached_property
     def maker(self) -> Maker:
         """What makes the runs in this process."""
-        maker = Maker(self.store, self.data, self._profile, self._should_stop)
-        maker.profile_into = self._profile_into
-        return maker
+        return Maker(self.store, self.data, self._profile, self._should_stop)
 
     def run_stage(self, stage: str) -> list[RunSpec]:
         """Train whatever the stage lacks, cells of grids before final runs, and publish all of its records."""
@@ -146,6 +144,8 @@ class Executor:
             return
         self.maker.teaching = _epochs_taught(together)
         for cohort in together:
+            if cohort[0].depth == together[-1][0].depth:  # not that of a teacher, if there are students
+                self.maker.profile_into, self._profile_into = self._profile_into, None
             self.maker.make(cohort, tell)
 
     def _complete_side_by_side(self, together: Sequence[Sequence[RunSpec]], workers: int, tell: OnStep) -> None:
@@ -190,7 +190,7 @@ _executors: dict[tuple[str, str], Executor] = {}  # of a worker process: the dat
 
 
 def _make_in_worker(
-    shared: tuple[Ledger, str, str, Mapping[str, int]],
+    shared: tuple[Ledger, str, str, Mapping[tuple[str, str], int]],
     cohort: Sequence[RunSpec],
     tell: Callable[[tuple[int, float], str], None],
     should_stop: Callable[[], bool],
@@ -207,15 +207,15 @@ def _make_in_worker(
 
 
 def cohorts(specs: Iterable[RunSpec], most: int, least: int = 1) -> list[tuple[RunSpec, ...]]:
-    """The runs in groups that share batches and teacher, at most `most` in each; there are `least` or more groups.
+    """The runs in groups that share batches and teacher, at most `most` in each; `least` groups or more, if it can be.
 
     Groups are as even as can be, and come in the order of their first runs.
     """
-    specs = list(specs)
-    most = max(1, min(most, -(-len(specs) // least)))
     alike: dict[tuple, list[RunSpec]] = {}
     for spec in specs:
         alike.setdefault(_shared(spec), []).append(spec)
+    while most > 1 and sum(-(-len(group) // most) for group in alike.values()) < least:
+        most -= 1
     return [tuple(part) for group in alike.values() for part in _parts(group, most)]
 
 
@@ -233,10 +233,10 @@ def _parts(group: Sequence[RunSpec], most: int) -> list[Sequence[RunSpec]]:
     return [group[len(group) * part // count : len(group) * (part + 1) // count] for part in range(count)]
 
 
-def _epochs_taught(together: Iterable[Sequence[RunSpec]]) -> dict[str, int]:
-    """How many epochs of cohorts each run is to teach."""
-    epochs: dict[str, int] = {}
+def _epochs_taught(together: Iterable[Sequence[RunSpec]]) -> dict[tuple[str, str], int]:
+    """How many epochs of cohorts each table of logits could serve, by `make.table_of`."""
+    epochs: dict[tuple[str, str], int] = {}
     for cohort in together:
-        for teacher in cohort[0].teachers:
-            epochs[teacher.id] = epochs.get(teacher.id, 0) + max(spec.epochs for spec in cohort)
+        if table := table_of(cohort):
+            epochs[table] = epochs.get(table, 0) + max(spec.epochs for spec in cohort)
     return epochs

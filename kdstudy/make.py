@@ -37,9 +37,9 @@ OnStep = Callable[[RunSpec, float, str], None]
 class Maker:
     """Makes the runs of one data set on one device, in the way that a profile says.
 
-    `teaching` maps tables of teachers' logits, as `table_of` names them, to the epochs of cohorts that they could serve:
-    whether one pays depends on it. Into the folder `profile_into`, if one is named, a profile of the next cohort is
-    written.
+    `teaching` maps tables of teachers' logits, as `table_of` names them, to the epochs of cohorts that each could
+    serve: whether one pays depends on it. Into the folder `profile_into`, if one is named, a profile of the next
+    cohort is written.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Maker:
         self._profile, self._should_stop = profile, should_stop
         self.teaching: Mapping[tuple[str, str], int] = {}
         self.profile_into: Path | None = None
+        self._last_table: dict[Path, LogitTable] = {}
         self._engine = Engine(profile.way, profile.graphs, profile.compiles, Choices(store.root.parent / "ways.json"))
         self._teacher_logits = cache(self._teacher_logits)
 
@@ -90,7 +91,7 @@ class Maker:
             cohort.run()
             return
         folder, self.profile_into = self.profile_into, None
-        subject = f"{len(specs)} runs of {specs[0].network}: {', '.join(map(str, specs))}"
+        subject = f"{specs[0].network}, {len(specs)} at once: {', '.join(map(str, specs))}"
         with StepProfile(folder, self.device, subject=subject) as profile:
             for _ in cohort.steps():
                 profile.step()
@@ -152,19 +153,23 @@ class Maker:
             return {}
         first, scheme = specs[0], next(iter(trainings)).scheme
         bank, flip, half = next(iter(trainings)).bank, first.recipe.flip, HALF[first.recipe.precision]
-        path = self.store.root / first.teacher.id / "logits.safetensors"
         named = dict(zip(("teacher", "data"), wanted, strict=True))
+        images = f"{first.images:g}_without_{first.held_out}"
+        path = self.store.root / first.teacher.id / f"logits_{images}_{first.recipe.precision}.safetensors"
+        if path in self._last_table:
+            return {scheme.teacher: self._last_table[path]}
         try:
-            return {scheme.teacher: LogitTable.load(path, bank, **named, flip=flip, half=half)}
-        except BadFile:
-            pass  # absent, torn, or of other images
-        size = {"images": len(bank), "classes": self.data.images.classes, "padding": bank.padding, "flip": flip}
-        if not logit_table.pays(self.teaching.get(wanted, 0), **size, memory=free_bytes(self.device) // 4):
-            return {}
-        table = LogitTable.build(scheme.teacher, bank, flip=flip, half=half, should_stop=self._should_stop)
-        if table is None:
-            raise Stopped
-        table.save(path, **named)
+            table = LogitTable.load(path, bank, **named, flip=flip, half=half)
+        except BadFile:  # absent, torn, or of other images
+            size = {"images": len(bank), "classes": self.data.images.classes, "padding": bank.padding, "flip": flip}
+            room = free_bytes(self.device) // 4
+            if not logit_table.pays(self.teaching.get(wanted, 0), **size, memory=room):
+                return {}
+            table = LogitTable.build(scheme.teacher, bank, flip=flip, half=half, should_stop=self._should_stop)
+            if table is None:
+                raise Stopped from None
+            table.save(path, **named)
+        self._last_table = {path: table}
         return {scheme.teacher: table}
 
     def _scores(self, network: nn.Module, spec: RunSpec) -> dict[str, float]:

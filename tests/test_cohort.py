@@ -472,7 +472,7 @@ def test_a_scheme_that_acts_between_steps_says_so(scheme):
 def test_compiled_students_are_among_the_ways_and_train_to_the_same_end(monkeypatch):
     monkeypatch.setattr(engine, "STEPS_TO_COMPILE_FOR", 1)
     taken = count_calls(monkeypatch, torch, "compile")
-    changes = {"epochs": 22, "milestones": (9,)}
+    changes = {"batch": 25, "epochs": 42, "milestones": (19,)}
     members = in_turn(FUSED[:2], changes=changes)
     Cohort(members, Engine("measured", compiles=True)).run()
     assert len(taken) == 3  # two students and both in one
@@ -489,7 +489,7 @@ def test_what_cannot_be_compiled_goes_on_as_it_is(monkeypatch):
 
     monkeypatch.setattr(engine, "STEPS_TO_COMPILE_FOR", 1)
     monkeypatch.setattr(torch, "compile", broken)
-    changes = {"epochs": 22, "milestones": (9,)}
+    changes = {"batch": 25, "epochs": 42, "milestones": (19,)}
     members = in_turn(FUSED[:2], changes=changes)
     with pytest.warns(UserWarning, match="a network is not compiled: no compiler$"):
         Cohort(members, Engine("measured", compiles=True)).run()

@@ -1,28 +1,41 @@
 """Stages on disk: what is finished is never trained again, what is missing is, and nothing else."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdstudy import figures, lesson
 from kdstudy.answers import before_alignment, teacher_answers
 from kdstudy.checkpoint import BadFile, save_weights
 from kdstudy.device import choose_device, data_path
 from kdstudy.evaluate import logits_of
-from kdstudy.execute import Executor, open_ledger
+from kdstudy.execute import Executor, cohorts, open_ledger
 from kdstudy.few_samples import pruned_state
 from kdstudy.image_set import ImageSet, save_image_set
+from kdstudy.logit_table import LogitTable
 from kdstudy.models import build_model, count_parameters
+from kdstudy.params import load_params, parse_params
 from kdstudy.results import RESULT_COLUMNS
 from kdstudy.store import Store
+from kdstudy.study import SCHEMES, Planner
 from kdstudy.tables import share_table
-from kdstudy.train import Training
+from kdstudy.train import Stopped, Training
 
 TREE = {
     "profiles": {"quick": {"device": "cpu", "threads": 1}},
@@ -652,3 +665,450 @@ def test_blank_images_are_as_many_and_as_large_as_those_for_training(folder, hel
         assert (nothing.shape, nothing.dtype, nothing.device) == (something.shape, something.dtype, something.device)
         assert not nothing.any() and something.any()
     assert not blank.labels.any() and blank.labels.dtype == torch.int64
+
+
+# several runs at a time
+
+MANY = {
+    "ce": {},
+    "kd": {"temperature": 2.0},
+    "warm": {"method": "kd", "temperature": 4.0},
+    "relative_v2": {"temperature": 2.0},
+    "crd": {"negatives": 8},  # draws random numbers
+    "activation_boundaries": {},  # two phases
+    "few": {"method": "kd", "images": 0.5},
+    "longer": {"method": "kd", "length": 2},
+    "mutual": {},
+}
+HOW_IT_WAS_MADE = {"seconds", "started", "finished", "engine"}
+
+
+def profile(**options) -> dict:
+    return {"profiles": {"quick": {"device": "cpu", "threads": 1, **options}}}
+
+
+def made() -> dict[str, tuple[bytes | None, dict]]:
+    """Weights and record of every run in the store, but for how it was made."""
+    found = {}
+    for path in Path("store").glob("*/record.json"):
+        weights = path.with_name("weights.safetensors")
+        record = {name: value for name, value in json.loads(path.read_text()).items() if name not in HOW_IT_WAS_MADE}
+        found[path.parent.name] = (weights.read_bytes() if weights.exists() else None, record)
+    return found
+
+
+def made_anew(tree: dict, **options) -> dict[str, tuple[bytes | None, dict]]:
+    """A stage from nothing."""
+    for name in ("store", "runs"):
+        shutil.rmtree(name, ignore_errors=True)
+    write_params(tree | profile(**options))
+    executor().run_stage("response")
+    return made()
+
+
+def engines() -> dict[str, dict]:
+    """How every row's runs were made."""
+    specs = executor().ledger.runs("stripes", "response")
+    return {str(spec).removeprefix("stripes "): record_of(spec)["engine"] for spec in specs}
+
+
+@cache
+def quick_runs() -> list:
+    """All runs of the quick profile, as far as they are known before any is made."""
+    params = load_params(Path(__file__).parent.parent / "params.yaml")
+    planner = Planner(params, dict.fromkeys(params.datasets, "checksum"))
+    specs = planner.teachers("digits")
+    for stage in params.methods:
+        for row in planner.rows("digits", stage):
+            specs += [*planner.tuning("digits", stage, row), *planner.final("digits", stage, row, {})]
+    specs += [teacher for spec in specs for teacher in spec.teachers]
+    return sorted({spec.id: spec for spec in specs}.values(), key=lambda spec: spec.depth)
+
+
+def may_share(one, other) -> bool:
+    """Whether two runs see the same batches, and the same teachers look at them."""
+    schemes = [SCHEMES[spec.scheme_name] for spec in (one, other)]
+    if any(scheme.family in ("online", "data_free") for scheme in schemes):
+        return False
+    taught = [
+        [t.id for t in spec.teachers] * scheme.needs_teacher for spec, scheme in zip((one, other), schemes, strict=True)
+    ]
+    return taught[0] == taught[1] and all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("depth", "held_out", "images", "recipe", "seed", "network", "dataset")
+    )
+
+
+@settings(deadline=None)
+@given(first=st.integers(0, 300), length=st.integers(0, 80), most=st.integers(1, 12), least=st.integers(1, 16))
+def test_runs_are_grouped_by_what_they_share(first, length, most, least):
+    specs = quick_runs()[first : first + length]
+    groups = cohorts(specs, most, least)
+    assert all(isinstance(group, tuple) and 1 <= len(group) <= most for group in groups)
+    assert Counter(spec.id for group in groups for spec in group) == Counter(spec.id for spec in specs)
+    place = {spec.id: number for number, spec in enumerate(specs)}
+    for group in groups:
+        assert [place[spec.id] for spec in group] == sorted(place[spec.id] for spec in group)
+        assert all(may_share(group[0], spec) for spec in group[1:])
+    depths = [group[0].depth for group in groups]
+    assert depths == sorted(depths)
+    assert len(groups) >= min(least, len(specs))
+
+    classes: list[list[tuple]] = []  # groups that could be one
+    for group in groups:
+        own = next((each for each in classes if may_share(each[0][0], group[0])), None)
+        if own is None:
+            classes.append([group])
+        else:
+            own.append(group)
+    for own in classes:
+        sizes = [len(group) for group in own]
+        assert max(sizes) - min(sizes) <= 1
+    for larger in range(max(map(len, groups), default=most) + 1, most + 1):
+        count = sum(-(-sum(map(len, own)) // larger) for own in classes)
+        assert count < least or count == len(groups)
+
+
+def test_of_runs_alike_there_are_as_many_groups_as_workers():
+    assert [len(group) for group in cohorts(_alike(9), 9, 4)] == [1, 2, 2, 2, 2]
+    assert [len(group) for group in cohorts(_alike(11), 9, 4)] == [2, 3, 3, 3]
+    assert [len(group) for group in cohorts(_alike(3), 9, 4)] == [1, 1, 1]
+    assert cohorts([], 9, 4) == []
+
+
+def _alike(count: int) -> list:
+    """Runs that differ in a hyperparameter only."""
+    tree = taught({f"kd_{number}": {"method": "kd", "temperature": 1.0 + number} for number in range(count)}, seeds=[0])
+    planner = Planner(parse_params(tree), {"stripes": "checksum"})
+    return [spec for row in tree["methods"]["response"] for spec in planner.final("stripes", "response", row, {})]
+
+
+def test_a_stage_made_in_cohorts_is_to_the_bit_what_it_is_run_by_run(folder):
+    tree = taught(MANY, seeds=[0, 1])
+    tree["grids"]["small"]["rows"] = {"kd": ["temperature"]}
+    alone = made_anew(tree)
+    assert {engine["runs"] for engine in engines().values()} == {1}
+    for workers in (1, 2):
+        together = made_anew(tree, cohort=4, workers=workers)
+        assert together.keys() == alone.keys() and len(alone) == 3 + 2 + 2 * len(MANY)
+        for run, (weights, record) in alone.items():
+            assert together[run][1] == record
+            assert together[run][0] == weights
+        sizes = {name: engine["runs"] for name, engine in engines().items()}
+        # these share a teacher, and five are two groups
+        assert {sizes[f"{row} seed 0"] for row in ("kd", "warm", "relative_v2", "crd", "activation_boundaries")} == {
+            2,
+            3,
+        }
+        assert {sizes[f"{row} seed 1"] for row in ("ce", "few", "longer", "mutual")} == {1}
+        assert sizes["kd seed 0 (tuning)"] == 2
+
+
+FAST = taught(
+    {f"kd_{number}": {"method": "kd", "temperature": 1.0 + number} for number in range(3)}
+    | {"attention": {}, "crd": {"negatives": 8}},
+    seeds=[0],
+)
+
+
+@pytest.mark.parametrize("steps", [3, 9, 17, 31])
+def test_a_cohort_that_is_stopped_goes_on_in_other_company(steps, folder):
+    expected = made_anew(FAST)
+    for name in ("store", "runs"):
+        shutil.rmtree(name)
+    write_params(FAST | profile(cohort=5))
+    executor().run_stage("teacher")
+    asked = itertools.count()
+    ledger = open_ledger(store=Store(Path("store"), Path("runs")))
+    with pytest.raises(Stopped):
+        Executor(ledger, "stripes", should_stop=lambda: next(asked) >= steps).run_stage("response")
+    assert len(list(Path("store").glob("*/checkpoint.pt"))) == 5 and len(made()) == 1
+    write_params(FAST | profile(cohort=2))
+    executor().run_stage("response")
+    assert made() == expected
+    assert not list(Path("store").glob("*/checkpoint.pt"))
+
+
+KILLED = """
+import os, signal, sys
+from functools import partial
+from pathlib import Path
+from kdstudy import make
+from kdstudy.execute import Executor, open_ledger
+from kdstudy.store import Store
+
+make.Surroundings = partial(make.Surroundings, checkpoint_seconds=0.0)
+told = 0
+def report(done, total, text):
+    global told
+    told += "kd_1" in text
+    if told == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+Executor(open_ledger(store=Store(Path("store"), Path("runs"))), "stripes", report=report).run_stage("response")
+"""
+
+
+def test_a_cohort_that_is_killed_goes_on_in_other_company(folder):
+    expected = made_anew(FAST)
+    for name in ("store", "runs"):
+        shutil.rmtree(name)
+    write_params(FAST | profile(cohort=5))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", KILLED, "6"], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(Path("store").glob("*/checkpoint.pt"))) == 5 and len(made()) == 1
+    write_params(FAST | profile(cohort=3))
+    executor().run_stage("response")
+    assert made() == expected
+    assert {engine["runs"] for engine in engines().values()} == {2, 3}
+
+
+def test_one_of_a_cohort_that_diverges_is_recorded_and_the_others_are_what_they_were(folder):
+    tree = json.loads(json.dumps(FAST))
+    tree["methods"]["response"]["kd_1"] = {"method": "kd", "kd_weight": 1.0e38, "temperature": 10.0}
+    expected = made_anew(tree)
+    assert made_anew(tree, cohort=5) == expected
+    specs = executor().ledger.runs("stripes", "response")
+    statuses = {spec.row: record_of(spec)["status"] for spec in specs}
+    assert [row for row, status in statuses.items() if status == "diverged"] == ["kd_1"]
+    sizes = {spec.row: record_of(spec)["engine"]["runs"] for spec in specs}
+    assert sizes == dict.fromkeys(sizes, 4) | {"kd_1": 5}
+
+
+def test_whoever_has_ended_has_its_record_before_the_others_end(folder):
+    pruned = {"network": "{teacher}_pruned0.5"}
+    rows = {
+        "kd": pruned | {"method": "kd"},
+        "solved": pruned | {"method": "few_sample", "samples": 30},  # has no epochs
+        "broken": pruned | {"method": "kd", "kd_weight": 1.0e38, "temperature": 10.0},
+    }
+    write_params(taught(rows, seeds=[0], teacher="wrn_10_0.25") | profile(cohort=3))
+    executor().run_stage("teacher")
+    ledger, seen = open_ledger(store=Store(Path("store"), Path("runs"))), []
+
+    def report(done: float, total: float, text: str) -> None:
+        known = {spec.row: ledger.store.record(spec) for spec in ledger.runs("stripes", "response")}
+        seen.append({row: record["status"] for row, record in known.items() if record})
+
+    specs = Executor(ledger, "stripes", report=report).run_stage("response")
+    assert record_of(specs[0])["engine"]["runs"] in (1, 2)
+    steps = 4  # of 16 images, an epoch; the first is that of two runs
+    assert seen[: 2 * steps] == [{"solved": "finished"}] * 2 * steps
+    assert seen[2 * steps :] == [{"solved": "finished", "broken": "diverged"}] * steps
+
+
+def test_what_another_process_has_made_meanwhile_is_taken_as_it_is(folder, trained):
+    write_params(FAST)
+    specs = executor().run_stage("response")
+    theirs = specs[1]
+    place = Path("store") / theirs.id
+    record, weights = (place / "record.json").read_bytes(), (place / "weights.safetensors").read_bytes()
+    expected = made()
+    for spec in specs:
+        shutil.rmtree(Path("store") / spec.id)
+    shutil.rmtree("runs")
+    trained.clear()
+    store, held = Store(Path("store"), Path("runs")), threading.Event()
+
+    def other() -> None:
+        with store.lock(theirs.id):
+            held.set()
+            time.sleep(0.5)  # the cohort waits at the lock
+            (place / "weights.safetensors").write_bytes(weights)
+            (place / "record.json").write_bytes(record)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    write_params(FAST | profile(cohort=5))
+    executor().run_stage("response")
+    thread.join()
+    assert trained == ["AttentionTransfer 0", *["VanillaKD 0"] * 3]
+    assert (place / "record.json").read_bytes() == record and made() == expected
+    assert engines()["kd_0 seed 0"]["runs"] == 4
+
+
+def test_a_run_that_is_named_by_a_published_record_alone_has_its_weights_made(folder, trained):
+    write_params(FAST | profile(cohort=5))
+    specs = executor().run_stage("response")
+    expected = made()
+    shutil.rmtree("store")
+    trained.clear()
+    executor().maker.make(specs[:2])
+    assert trained == ["CrossEntropy 0", "AttentionTransfer 0", "CRD 0"]
+    assert made() == {run: expected[run] for run in (specs[0].teacher.id, specs[0].id, specs[1].id)}
+
+
+def test_records_say_how_they_were_made_tables_do_not_and_older_records_are_read(folder):
+    write_params(FAST | profile(cohort=5))
+    executor().run_stage("response")
+    assert set(map(str, engines().values())) == {
+        str({"runs": 5, "way": "in_turn", "graph": False, "logit_table": False})
+    }
+    ledger = executor().ledger
+    frame = ledger.frame(ledger.runs("stripes", "response"))
+    assert tuple(frame.columns) == RESULT_COLUMNS and "engine" not in RESULT_COLUMNS
+    for path in Path(".").glob("*/**/*.json"):
+        if "engine" in (record := json.loads(path.read_text())):
+            del record["engine"]
+            path.write_text(json.dumps(record))
+    again = executor().run_stage("response")
+    assert ledger.frame(again).equals(frame) and "engine" not in record_of(again[0])
+
+
+def test_the_fastest_way_is_kept_beside_the_store_for_later_processes(folder, monkeypatch):
+    tree = json.loads(json.dumps(FAST))
+    tree["methods"]["response"].pop("crd")
+    tree["recipes"]["short"] |= {"epochs": 12}
+    write_params(tree | profile(cohort=4, way="measured"))
+    executor().run_stage("response")
+    ((kind, way),) = json.loads(Path("ways.json").read_text()).items()
+    assert way in ("in_turn", "fused") and "4 runs" in kind
+    assert {engine["way"] for engine in engines().values()} == {way}
+    other = "fused" if way == "in_turn" else "in_turn"
+    Path("ways.json").write_text(json.dumps({kind: other}))
+    for name in ("store", "runs"):
+        shutil.rmtree(name)
+    executor().run_stage("response")
+    assert {engine["way"] for engine in engines().values()} == {other}
+
+
+# the table of a teacher's logits: 9 crops of an image here
+
+TABLED = taught(
+    {
+        **{f"kd_{number}": {"method": "kd", "temperature": 1.0 + number} for number in range(3)},
+        **{"ce": {}, "half": {"method": "kd", "images": 0.5}},
+    },
+    seeds=[0],
+)
+TABLED["recipes"]["short"]["epochs"] = 5
+KINDRED = {"kd_0", "kd_1", "kd_2"}
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[int]:
+    """The numbers of images of the tables that are built from now on, in this process."""
+    found, build = [], LogitTable.build.__func__
+
+    def spy(cls, teacher, bank, **options):
+        found.append(len(bank))
+        return build(cls, teacher, bank, **options)
+
+    monkeypatch.setattr(LogitTable, "build", classmethod(spy))
+    return found
+
+
+def tabled() -> set[str]:
+    """The rows whose runs were made with a table."""
+    return {name.split()[0] for name, engine in engines().items() if engine["logit_table"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"cohort": 2}, {"workers": 2}], ids=str)
+def test_a_table_is_made_once_for_all_that_read_logits_only_and_changes_little(folder, built, options):
+    live = made_anew(TABLED)
+    found = made_anew(TABLED, logit_table=True, **options)
+    assert tabled() == KINDRED and built == [60] * ("workers" not in options)
+    (path,) = Path("store").glob("*/logits*.safetensors")
+    specs = executor().ledger.runs("stripes", "response")
+    assert path.parent.name == specs[0].teacher.id
+    for spec in specs:
+        (weights, record), (live_weights, live_record) = found[spec.id], live[spec.id]
+        if spec.row not in KINDRED:
+            assert (weights, record) == (live_weights, live_record)
+            continue
+        assert weights != live_weights  # half precision shows
+        for row, expected in zip(record["history"], live_record["history"], strict=True):
+            assert row["ce"] == pytest.approx(expected["ce"], rel=2e-3)
+            assert row["kd"] == pytest.approx(expected["kd"], rel=2e-2, abs=1e-3)
+
+
+def test_a_table_on_disk_serves_later_runs_and_one_that_is_torn_is_made_anew_if_that_pays(folder, built):
+    made_anew(TABLED, logit_table=True)
+    (path,) = Path("store").glob("*/logits*.safetensors")
+    whole, first = path.read_bytes(), made()
+    tree = json.loads(json.dumps(TABLED))
+    tree["methods"]["response"]["later"] = {"method": "kd", "temperature": 9.0}
+    write_params(tree | profile(logit_table=True))
+    executor().run_stage("response")  # one run alone would not pay for it
+    assert built == [60] and tabled() == {*KINDRED, "later"} and path.read_bytes() == whole
+    later = made()
+
+    path.write_bytes(whole[:-100])
+    forget(*KINDRED)
+    executor().run_stage("response")
+    assert built == [60, 60] and made() == later == later | first
+
+    path.write_bytes(whole[:-100])
+    forget("later")
+    executor().run_stage("response")
+    assert built == [60, 60] and tabled() == KINDRED
+
+
+def forget(*rows: str) -> None:
+    """Remove the records and weights of these rows."""
+    ledger = executor().ledger
+    for spec in ledger.runs("stripes", "response"):
+        if spec.row in rows:
+            shutil.rmtree(Path("store") / spec.id)
+            ledger.store.published_path(spec).unlink()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "cohort", "expected"),
+    [
+        (3, {"ce": {}, "attention": {}}, 1, set()),  # 9 looks at every image, no more than there are crops
+        (5, {"attention": {}}, 2, set()),  # 5, by the two that are together: a third needs maps, too
+        (2, {"kd_3": {"method": "kd", "temperature": 4.0}, "kd_4": {"method": "kd", "temperature": 5.0}}, 1, {60}),
+        (2, {"kd_3": {"method": "kd", "temperature": 4.0}, "kd_4": {"method": "kd", "temperature": 5.0}}, 5, set()),
+        (5, {"two": {"method": "kd", "teachers": 2}}, 1, {60}),
+    ],
+)
+def test_a_table_is_made_where_it_takes_less_of_the_teacher_than_doing_without(
+    folder, built, epochs, rows, cohort, expected
+):
+    tree = json.loads(json.dumps(TABLED))
+    tree["methods"]["response"] |= rows
+    tree["recipes"]["short"]["epochs"] = epochs
+    made_anew(tree, logit_table=True, cohort=cohort)
+    assert set(built) == expected and len(built) == len(expected)
+    assert tabled() == (set(tree["methods"]["response"]) - {"ce", "half", "two"} if expected else set())
+
+
+def test_of_each_share_of_the_images_there_is_a_table_of_its_own(folder, built):
+    tree = json.loads(json.dumps(TABLED))
+    tree["methods"]["response"]["half"]["length"] = 2
+    tree["methods"]["response"]["quarter"] = {"method": "kd", "images": 0.25, "length": 2}
+    made_anew(tree, logit_table=True)
+    assert built == [30, 60, 15] and tabled() == {*KINDRED, "half", "quarter"}
+    forget("half", "quarter", "kd_1")
+    executor().run_stage("response")
+    assert built == [30, 60, 15] and tabled() == {*KINDRED, "half", "quarter"}
+
+
+def test_a_table_that_memory_does_not_hold_is_not_made(folder, built, monkeypatch):
+    needed = 60 * 9 * 3 * 2  # images, crops, classes, bytes; a quarter of what is free may go there
+    for free, expected in ((4 * needed - 1, []), (4 * needed, [60])):
+        monkeypatch.setattr("kdstudy.make.free_bytes", lambda device, free=free: free)
+        made_anew(TABLED, logit_table=True)
+        assert built == expected
+
+
+def test_a_stop_while_a_table_is_made_leaves_none(folder, monkeypatch):
+    write_params(TABLED | profile(logit_table=True))
+    executor().run_stage("teacher")
+    stop, build = [], LogitTable.build.__func__
+
+    def spy(cls, *arguments, **options):
+        stop.append(True)
+        return build(cls, *arguments, **options)
+
+    monkeypatch.setattr(LogitTable, "build", classmethod(spy))
+    ledger = open_ledger(store=Store(Path("store"), Path("runs")))
+    with pytest.raises(Stopped):
+        Executor(ledger, "stripes", should_stop=lambda: bool(stop)).run_stage("response")
+    assert not list(Path("store").glob("*/logits*.safetensors")) and len(made()) == 3  # the teacher, ce, half
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    executor().run_stage("response")
+    assert tabled() == KINDRED

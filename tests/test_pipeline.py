@@ -96,7 +96,7 @@ def test_it_leaves_results_tables_figures_notebooks_and_a_page(clone):
     reports = clone.folder / "reports/quick"
     for pattern in ("tables/comparison_digits.csv", "tables/comparison_digits.md", "tables/comparison_digits.tex"):
         assert (reports / pattern).exists()
-    assert len(list(reports.glob("notebooks/*.ipynb"))) == 10 + 4 + 1  # digits, digits_equal, tables
+    assert len(list(reports.glob("notebooks/*.ipynb"))) == 10 + 4 + 2  # digits, digits_equal, tables and speed
     assert len(list(reports.glob("figures/**/*.png"))) >= 15
     page = (reports / "report.html").read_text()
     assert "<img" in page and 'src="http' not in page

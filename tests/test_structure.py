@@ -26,15 +26,15 @@ FLOORS = tuple(
         "device study ways",
         "costs engine store",
         "cohort results",
-        "make",
+        "bench make",
         "execute",
         "answers equations notebook statistics",
         "insides relations tables",
         "companions",
         "figures lesson literature readings report",
-        "budget combinations oneself pages scheme_figures students students_figures together tree_figures unseen "
+        "budget combinations oneself pages scheme_figures speed students students_figures together tree_figures unseen "
         "unseen_figures",
-        "budget_figures",
+        "bench_figures budget_figures",
         "__main__",
     )
 )
