@@ -223,7 +223,8 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), re.MULTILINE)
-    return f"{found[1] if found else UNKNOWN}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{found[1] if found else UNKNOWN}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _clock(device: torch.device) -> str:

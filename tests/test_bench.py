@@ -98,18 +98,12 @@ def test_a_hiccup_in_one_round_changes_nothing(clock):
 
 
 def test_ratios_are_of_the_same_round(clock):
-    def slower_each_round(factor: float) -> Callable[[int], float]:
-        return lambda number: factor * (1 + max(0, number - 1 - TINY.warm_up) // TINY.steps) ** 2
+    def by_round(*seconds: float) -> Callable[[int], float]:
+        return lambda number: seconds[max(0, number - 1 - TINY.warm_up) // TINY.steps % 3]
 
-    variants = [clock.variant("a", slower_each_round(3.0)), clock.variant("b", slower_each_round(1.0))]
-    variants[1] = clock.variant("b", lambda number: (5.0, 1.0, 1.0)[min(2, max(0, number - 4) // 2)])
-    table = measure(TINY, variants)
-    # rounds of 3, 12 and 27 seconds a step beside 5, 1 and 1: ratios 0.6, 12 and 27; that of the medians is 12 as well
-    assert table.ratio[1] == 12.0 and table.images_per_second[0] == pytest.approx(4 / 12)
-    variants = [clock.variant("a", lambda number: (9.0, 1.0, 2.0)[min(2, max(0, number - 4) // 2)])]
-    variants.append(clock.variant("b", lambda number: (1.0, 1.0, 8.0)[min(2, max(0, number - 4) // 2)]))
-    table = measure(TINY, variants)  # ratios 9, 1 and 1/4; that of the medians is 2
-    assert table.ratio[1] == 1.0
+    table = measure(TINY, [clock.variant("a", by_round(9.0, 1.0, 2.0)), clock.variant("b", by_round(1.0, 1.0, 8.0))])
+    assert list(table.ratio) == [1.0, 1.0]  # the median of 9, 1 and 1/4, where that of seconds is 2 to 1
+    assert list(table.images_per_second) == [4 / 2.0, 4 / 1.0]
 
 
 @pytest.mark.parametrize(("students", "live_teacher"), [(1, True), (3, True), (3, False)])
@@ -182,6 +176,18 @@ def test_all_usual_variants_are_measured(small):
         axis=None
     )
     assert table.ratio[0] == 1 and table.outside_kernels.between(0, 1).all()
+
+
+@pytest.mark.parametrize(("tabled", "expected"), [(False, 1), (True, 0)])
+def test_the_teacher_looks_once_at_a_batch_or_not_at_all(tabled, expected, small, monkeypatch):
+    members, start, looks = [], Training.start, []
+    monkeypatch.setattr(Training, "start", lambda member: members.append(member) or start(member))
+    step, _ = own("cohort of 3", 3, "fp32", LONE, tabled=tabled).build(REAL)
+    step()
+    members[0].scheme.teacher.register_forward_hook(lambda *_: looks.append(1))
+    for number in range(1, 4):
+        step()
+        assert len(members) == 3 and len(looks) == number * expected
 
 
 def test_without_a_table_and_in_full_precision_there_are_fewer():

@@ -171,7 +171,7 @@ def tiny(monkeypatch, tmp_path, flags) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KDSTUDY_DEVICE", raising=False)
     pairs = {"wrn_10_0.25": "wrn_10_0.5", "wrn_10_0.5": "wrn_10_0.5"}
-    limits = Limits(bandwidth=2e9, rate=5e9, number_bytes=4, device="Abacus (TM), 1 threads", clock="1 MHz")
+    limits = Limits(bandwidth=2e9, rate=5e9, number_bytes=4, device="Abacus (TM), 1 thread", clock="1 MHz")
     changes = {"PAIRS": pairs, "SHAPE": (3, 8, 8), "PROFILED_STEPS": 1, "measure_limits": lambda *_: limits}
     for name, value in changes.items():
         monkeypatch.setattr(bench, name, value)
@@ -181,7 +181,7 @@ def tiny(monkeypatch, tmp_path, flags) -> list[str]:
 
 
 def test_a_benchmark_is_a_table_to_which_other_pairs_are_added(tiny, flags, capsys):
-    path = Path("tables/Abacus_TM_1_threads.csv")
+    path = Path("tables/Abacus_TM_1_thread.csv")
     assert main([*tiny, "--student", "wrn_10_0.25"]) == 0
     told = capsys.readouterr().out
     assert f"written: {path}" in told and "round 1 of 1" in told and flags()[0] is False

@@ -135,7 +135,9 @@ def test_a_way_is_told_where_runs_stand_before_its_block_and_before_it_goes_on_a
 
 
 def test_first_blocks_do_not_count(monkeypatch):
-    race = Race(monkeypatch, a=lambda n: 100.0 if n < BLOCK else 1.0, b=lambda n: 1.5).take(60)
+    # the second and third of the others are its usual ones: with the first, a middle one would be slow
+    seconds = [100.0] * BLOCK + [1.0] * 2 * BLOCK + [4.0] * BLOCK
+    race = Race(monkeypatch, a=lambda n: [*seconds, *[1.0] * 60][n], b=lambda n: 1.5).take(60)
     assert race.decided == ["a"] and set(race.steps[2 * ROUNDS * BLOCK :]) == {"a"}
 
 
@@ -163,8 +165,10 @@ def test_until_it_is_decided_the_way_is_measured(monkeypatch):
     assert race.stepper.description["way"] == "measured"
     race.take(2 * ROUNDS * BLOCK - 1)
     assert race.stepper.description["way"] == "measured" and race.decided == []
-    race.take(2)
-    assert race.stepper.description["way"] == "b"
+    race.take(1)
+    assert race.stepper.description["way"] == "measured"
+    race.take(1)
+    assert race.stepper.description["way"] == "b" and race.decided == ["b"]
 
 
 # runs

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -776,6 +777,19 @@ def test_of_runs_alike_there_are_as_many_groups_as_workers():
     assert cohorts([], 9, 4) == []
 
 
+def test_runs_that_differ_in_anything_that_a_batch_or_its_teacher_depends_on_are_apart():
+    one, other = _alike(2)
+    assert cohorts([one, other], 9) == [(one, other)]
+    teacher = replace(one.teacher, network="wrn_10_0.5")
+    changes = [{"held_out": 12}, {"images": 0.5}, {"seed": 1}, {"network": "wrn_10_0.5"}, {"teacher": teacher}]
+    for change in [*changes, {"recipe": one.recipe.lasting(2)}, {"co_teachers": (teacher,)}]:
+        assert len(cohorts([one, replace(other, **change)], 9)) == 2, change
+    untaught = [replace(one, method="ce", hyperparameters=(), teacher=each) for each in (one.teacher, None)]
+    assert len(cohorts(untaught, 9)) == 2  # the one comes before runs that it may teach, the other behind
+    untaught = [replace(one, method="ce", hyperparameters=(), teacher=each) for each in (one.teacher, teacher)]
+    assert len(cohorts(untaught, 9)) == 1  # whom they are compared with makes no difference
+
+
 def _alike(count: int) -> list:
     """Runs that differ in a hyperparameter only."""
     tree = taught({f"kd_{number}": {"method": "kd", "temperature": 1.0 + number} for number in range(count)}, seeds=[0])
@@ -1058,7 +1072,8 @@ def forget(*rows: str) -> None:
     ("epochs", "rows", "cohort", "expected"),
     [
         (3, {"ce": {}, "attention": {}}, 1, set()),  # 9 looks at every image, no more than there are crops
-        (5, {"attention": {}}, 2, set()),  # 5, by the two that are together: a third needs maps, too
+        (5, {"attention": {}}, 2, set()),  # 5, by two that are together: the third is with one that needs maps
+        (5, {"maps": {"method": "attention"}}, 2, set()),
         (2, {"kd_3": {"method": "kd", "temperature": 4.0}, "kd_4": {"method": "kd", "temperature": 5.0}}, 1, {60}),
         (2, {"kd_3": {"method": "kd", "temperature": 4.0}, "kd_4": {"method": "kd", "temperature": 5.0}}, 5, set()),
         (5, {"two": {"method": "kd", "teachers": 2}}, 1, {60}),
@@ -1078,12 +1093,12 @@ def test_a_table_is_made_where_it_takes_less_of_the_teacher_than_doing_without(
 def test_of_each_share_of_the_images_there_is_a_table_of_its_own(folder, built):
     tree = json.loads(json.dumps(TABLED))
     tree["methods"]["response"]["half"]["length"] = 2
-    tree["methods"]["response"]["quarter"] = {"method": "kd", "images": 0.25, "length": 2}
+    tree["methods"]["response"]["third"] = {"method": "kd", "images": 0.35, "length": 2}
     made_anew(tree, logit_table=True)
-    assert built == [30, 60, 15] and tabled() == {*KINDRED, "half", "quarter"}
-    forget("half", "quarter", "kd_1")
+    assert built == [30, 60, 21] and tabled() == {*KINDRED, "half", "third"}
+    forget("half", "third", "kd_1")
     executor().run_stage("response")
-    assert built == [30, 60, 15] and tabled() == {*KINDRED, "half", "quarter"}
+    assert built == [30, 60, 21] and tabled() == {*KINDRED, "half", "third"}
 
 
 def test_a_table_that_memory_does_not_hold_is_not_made(folder, built, monkeypatch):

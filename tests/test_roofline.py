@@ -27,6 +27,11 @@ FIGURES = {
 }
 
 
+def counted() -> str:
+    threads = torch.get_num_threads()
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 def work_of(name: str) -> Work:
     return count_work(build_model(name, classes=100), (3, 32, 32))
 
@@ -194,7 +199,7 @@ def test_a_real_measurement_of_this_machine_is_of_a_plausible_size():
     limits = measure_limits(CPU, "fp32", megabytes=8, product_seconds=1e-4, rounds=3)
     assert 1e8 < limits.bandwidth < 1e13
     assert 1e7 < limits.rate < 1e14
-    assert limits.number_bytes == 4 and limits.device.endswith(f"{torch.get_num_threads()} threads")
+    assert limits.number_bytes == 4 and limits.device.endswith(f"{counted()}")
 
 
 @pytest.mark.parametrize(
@@ -215,10 +220,10 @@ def test_device_and_clock_of_a_cpu_are_read_from_the_system(tmp_path, monkeypatc
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(roofline, "CPU_INFO", info)
     assert roofline._clock(CPU) == "unknown"
-    assert roofline._name(CPU) == f"unknown, {torch.get_num_threads()} threads"
+    assert roofline._name(CPU) == f"unknown, {counted()}"
     info.write_text("model name\t: A Chip\ncpu MHz\t\t: 1000.4\n\nmodel name\t: A Chip\ncpu MHz\t\t: 3000.0\n" * 2)
     assert roofline._clock(CPU) == "2000 MHz"
-    assert roofline._name(CPU) == f"A Chip, {torch.get_num_threads()} threads"
+    assert roofline._name(CPU) == f"A Chip, {counted()}"
 
 
 def test_the_clock_of_a_gpu_is_asked_of_its_driver_and_unknown_without(monkeypatch):
