@@ -188,6 +188,8 @@ def _costs(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    from io import StringIO
+
     import pandas as pd
     import torch
 
@@ -214,9 +216,13 @@ def _bench(arguments: argparse.Namespace) -> None:
     table = pd.concat(tables)
     name = re.sub(r"\W+", "_", table.device.iloc[0]).strip("_") + ("_growth" if arguments.growth else "")
     path = arguments.out / f"{name}.csv"
-    earlier = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else table[:0]
+    new = StringIO(table.round(6).to_csv(index=False))
+    # as text, so that rows which stay are what they were, to the byte
+    tables = [
+        pd.read_csv(file, dtype=str, keep_default_na=False) for file in (path, new) if file is new or path.exists()
+    ]
     same = [name for name in ("series", "student", "variant", "precision", "batch", "threads") if name in table]
-    kept = pd.concat([earlier, table.round(6)]).drop_duplicates(same, keep="last")
+    kept = pd.concat(tables).drop_duplicates(same, keep="last")
     write_text(path, kept.to_csv(index=False, lineterminator="\n"))
     shown = ["student", "variant", "precision", "way", "graph", "batch", "threads", "images_per_second", "ratio"]
     print(table[[*shown, "roofline_share", "outside_kernels"]].round(2).to_string(index=False))
