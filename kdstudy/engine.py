@@ -236,7 +236,7 @@ class Replayed(Eager):
         self._random, self._capture = random, capture
         self._graphs: dict[int | str, Callable[[], None]] = {}  # by the size of the batch
         self._counter = torch.zeros((), dtype=torch.int64, device=group[0].device)
-        self._offsets = torch.arange(group[0].recipe.batch, device=group[0].device)
+        self._offsets = torch.arange(group[0].current.recipe.batch, device=group[0].device)
         self._tally: Tensor | None = None
         # one for all graphs of a group: they are replayed one after the other
         self._pool = torch.cuda.graph_pool_handle() if group[0].device.type == "cuda" else None
@@ -294,7 +294,11 @@ class Replayed(Eager):
         if self._tally is None:
             self._tally = super().tally()  # in its own memory, which the graph then writes
             take = partial(self._take_tally, self._tally)
-            self._graphs["tally"] = self._capture(take, [self._tally], pool=self._pool)
+            try:
+                self._graphs["tally"] = self._capture(take, [self._tally], pool=self._pool)
+            except NotCapturable as error:  # networks that learn by one are not always judged by one
+                warnings.warn(f"of the evaluation: {error}", stacklevel=2)
+                self._graphs["tally"] = take
         self._graphs["tally"]()
         return self._tally
 

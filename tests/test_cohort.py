@@ -16,8 +16,9 @@ from toy import clone, difference
 
 from kdstudy import engine, ways
 from kdstudy.cohort import Cohort
-from kdstudy.core import Method, View
+from kdstudy.core import Method, Phase, View
 from kdstudy.engine import BLOCK, ROUNDS, Choices, Engine
+from kdstudy.graphs import NotCapturable
 from kdstudy.logit_table import LogitTable
 from kdstudy.recipe import Recipe
 from kdstudy.response import SphericalKD, VanillaKD
@@ -347,6 +348,46 @@ def test_replayed_steps_are_those_of_python_to_the_bit(way):
     assert all(member.made_by == {"runs": 3, "way": way, "graph": True} for member in members)
     expected = in_turn(methods, capturable=True, changes=changes)
     Cohort(expected, Engine(way)).run()
+    for member, each in zip(members, expected, strict=True):
+        assert_alike(member, each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherBatches(Method):
+    """Two phases, the first of larger batches than the recipe's."""
+
+    kind: ClassVar[str] = "none"
+    paper: ClassVar[str] = "none"
+    needs_teacher: ClassVar[bool] = False
+
+    kd_weight: float = 0.0
+
+    def loss(self, student: View, teacher: View, labels: torch.Tensor, adapters: nn.ModuleDict) -> torch.Tensor:
+        raise AssertionError("a term without weight was computed")
+
+    def phases(self) -> tuple[Phase, ...]:
+        return Phase("first", self.objective, recipe={"batch": 30}), Phase("second", self.objective)
+
+
+def test_phases_of_other_batches_are_replayed_too():
+    member, expected = (training_of(scheme_with(OtherBatches(), teacher()), capturable=True) for _ in range(2))
+    Cohort([member], CAPTURED).run()
+    expected.run()
+    assert member.made_by["graph"]
+    assert_alike(member, expected)
+
+
+def test_an_evaluation_that_cannot_be_captured_is_done_as_it_comes(monkeypatch):
+    def capture(step, state, **options):
+        if len(state) == 1:
+            raise NotCapturable("it waits for the device")
+        return tape(step, state, **options)
+
+    members = in_turn(FUSED[:2], capturable=True)
+    with pytest.warns(UserWarning, match="of the evaluation: the step cannot be captured: it waits"):
+        Cohort(members, Engine(graphs=True, capture=capture)).run()
+    expected = in_turn(FUSED[:2], capturable=True)
+    Cohort(expected).run()
     for member, each in zip(members, expected, strict=True):
         assert_alike(member, each)
 

@@ -1018,6 +1018,15 @@ def tabled() -> set[str]:
     return {name.split()[0] for name, engine in engines().items() if engine["logit_table"]}
 
 
+def test_a_table_is_read_once_by_a_process(folder, monkeypatch):
+    made_anew(TABLED, logit_table=True)
+    forget(*KINDRED)
+    read, load = [], LogitTable.load.__func__
+    monkeypatch.setattr(LogitTable, "load", classmethod(lambda *a, **o: read.append(1) or load(*a, **o)))
+    executor().run_stage("response")
+    assert len(read) == 1 and tabled() == KINDRED
+
+
 @pytest.mark.parametrize("options", [{}, {"cohort": 2}, {"workers": 2}], ids=str)
 def test_a_table_is_made_once_for_all_that_read_logits_only_and_changes_little(folder, built, options):
     live = made_anew(TABLED)
@@ -1123,6 +1132,7 @@ def test_a_stop_while_a_table_is_made_leaves_none(folder, monkeypatch):
     with pytest.raises(Stopped):
         Executor(ledger, "stripes", should_stop=lambda: bool(stop)).run_stage("response")
     assert not list(Path("store").glob("*/logits*.safetensors")) and len(made()) == 3  # the teacher, ce, half
+    assert not list(Path("store").glob("*/checkpoint.pt"))  # nothing else has begun
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     executor().run_stage("response")
