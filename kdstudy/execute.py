@@ -131,7 +131,8 @@ class Executor:
             self.data.check(network)  # the last one's misspelt name is told before the first one is trained
         workers = min(len(missing) // 2, self._profile.workers or cores())  # a worker's start costs about a run
         side = workers > 1 and self.device.type == "cpu" and not self._profile_into
-        together = cohorts(missing, self._profile.cohort, least=workers if side else 1)
+        least = workers if side else 1
+        together = cohorts(missing, self._profile.cohort, least, tables_apart=self._profile.logit_table)
         done = dict.fromkeys((spec.id for spec in missing), 0.0)
         total = sum(spec.epochs for spec in missing)
 
@@ -206,14 +207,18 @@ def _make_in_worker(
     maker.make(cohort, lambda spec, epochs, text: tell((numbers[spec.id], epochs), text))
 
 
-def cohorts(specs: Iterable[RunSpec], most: int, least: int = 1) -> list[tuple[RunSpec, ...]]:
+def cohorts(
+    specs: Iterable[RunSpec], most: int, least: int = 1, *, tables_apart: bool = False
+) -> list[tuple[RunSpec, ...]]:
     """The runs in groups that share batches and teacher, at most `most` in each; `least` groups or more, if it can be.
 
-    Groups are as even as can be, and come in the order of their first runs.
+    Groups are as even as can be, and come in the order of their first runs. With `tables_apart` runs that a table of
+    logits could serve are not put beside others, for which the teacher must run.
     """
     alike: dict[tuple, list[RunSpec]] = {}
     for spec in specs:
-        alike.setdefault(_shared(spec), []).append(spec)
+        table = table_of([spec]) if tables_apart else None
+        alike.setdefault((_shared(spec), table), []).append(spec)
     while most > 1 and sum(-(-len(group) // most) for group in alike.values()) < least:
         most -= 1
     return [tuple(part) for group in alike.values() for part in _parts(group, most)]

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -165,7 +166,11 @@ class Maker:
             room = free_bytes(self.device) // 4
             if not logit_table.pays(self.teaching.get(wanted, 0), **size, memory=room):
                 return {}
-            table = LogitTable.build(scheme.teacher, bank, flip=flip, half=half, should_stop=self._should_stop)
+            try:
+                table = LogitTable.build(scheme.teacher, bank, flip=flip, half=half, should_stop=self._should_stop)
+            except ValueError as error:  # half precision does not hold its logits
+                warnings.warn(f"the teacher runs beside its students: {error}", stacklevel=2)
+                return {}
             if table is None:
                 raise Stopped from None
             table.save(path, **named)

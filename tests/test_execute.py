@@ -1081,8 +1081,9 @@ def forget(*rows: str) -> None:
     ("epochs", "rows", "cohort", "expected"),
     [
         (3, {"ce": {}, "attention": {}}, 1, set()),  # 9 looks at every image, no more than there are crops
-        (5, {"attention": {}}, 2, set()),  # 5, by two that are together: the third is with one that needs maps
-        (5, {"maps": {"method": "attention"}}, 2, set()),
+        (4, {"attention": {}}, 2, set()),  # 8, by two cohorts
+        (5, {"attention": {}}, 2, {60}),  # 10; the one that needs maps is trained apart
+        (5, {"maps": {"method": "attention"}}, 2, {60}),
         (2, {"kd_3": {"method": "kd", "temperature": 4.0}, "kd_4": {"method": "kd", "temperature": 5.0}}, 1, {60}),
         (2, {"kd_3": {"method": "kd", "temperature": 4.0}, "kd_4": {"method": "kd", "temperature": 5.0}}, 5, set()),
         (5, {"two": {"method": "kd", "teachers": 2}}, 1, {60}),
@@ -1096,7 +1097,18 @@ def test_a_table_is_made_where_it_takes_less_of_the_teacher_than_doing_without(
     tree["recipes"]["short"]["epochs"] = epochs
     made_anew(tree, logit_table=True, cohort=cohort)
     assert set(built) == expected and len(built) == len(expected)
-    assert tabled() == (set(tree["methods"]["response"]) - {"ce", "half", "two"} if expected else set())
+    others = {"ce", "half", "two", "attention", "maps"}
+    assert tabled() == (set(tree["methods"]["response"]) - others if expected else set())
+
+
+def test_a_teacher_whose_logits_no_table_can_hold_runs_beside_its_students(folder, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("the teacher's logits do not fit")
+
+    monkeypatch.setattr(LogitTable, "build", refuse)
+    with pytest.warns(UserWarning, match="runs beside its students: the teacher's logits do not fit"):
+        made_anew(TABLED, logit_table=True)
+    assert tabled() == set()
 
 
 def test_of_each_share_of_the_images_there_is_a_table_of_its_own(folder, built):
