@@ -40,7 +40,7 @@ thesis: $(READY) ## the thesis profile: CIFAR-10 and CIFAR-100, many GPU hours; 
 	@echo "report: $(CURDIR)/reports/thesis/report.html"
 
 tables: $(READY) ## tables and report of the thesis profile from the records at hand, no training
-	@dvc --wait-for-lock repro --single-item --force tables@thesis report@thesis
+	@dvc --wait-for-lock repro --single-item --force tables@thesis speed@thesis report@thesis
 	@echo "report: $(CURDIR)/reports/thesis/report.html"
 
 test: $(READY) ## all tests
