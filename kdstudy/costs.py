@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdstudy.core import Phase
+from kdstudy.memory import bytes_kept
 from kdstudy.models import build_model
 from kdstudy.schemes import Batch, Scheme
 from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec
@@ -125,15 +126,7 @@ class _Step:
 
     def look(self, phase: Phase) -> tuple[bool, int]:
         """Whether loss and gradients are finite, and how many bytes the backward pass needs kept."""
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss(phase)
+        loss, kept = bytes_kept(lambda: self.loss(phase))
         loss.backward()
         gradients = [p.grad for p in self.scheme.parameters() if p.grad is not None]
         finite = bool(loss.isfinite()) and all(bool(gradient.isfinite().all()) for gradient in gradients)

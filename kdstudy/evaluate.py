@@ -1,5 +1,7 @@
 """Scores of a trained network on a fixed set of images."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +23,23 @@ class Scores:
     agreement: float | None
 
 
-@torch.no_grad()
-def logits_of(network: nn.Module, images: ImageBank, batch: int = 500) -> Tensor:
-    """(N, C) logits of all plain images in eval mode, in the dtype of the images; the network's modes are restored."""
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode and passes no gradient; then all of its modules have their modes again."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    logits = torch.cat([network(x).logits for x in images.plain(batch)])
-    for module, training in modes.items():
-        module.training = training
-    return logits
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def logits_of(network: nn.Module, images: ImageBank, batch: int = 500) -> Tensor:
+    """(N, C) logits of all plain images in eval mode, in the dtype of the images; the network's modes are restored."""
+    with evaluating(network):
+        return torch.cat([network(x).logits for x in images.plain(batch)])
 
 
 def count_hits(network: nn.Module, images: ImageBank) -> Tensor:

@@ -2,8 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from kdstudy.checkpoint import BadFile
 from kdstudy.core import Method, require_whole
 from kdstudy.data import ImageBank
+from kdstudy.evaluate import evaluating
 from kdstudy.files import atomic_write
 from kdstudy.schemes import forward
 
@@ -65,7 +65,7 @@ class LogitTable:
             return forward(teacher, images, half).logits
 
         total = math.prod(shape)
-        with torch.no_grad(), _evaluating(teacher):
+        with evaluating(teacher):
             first = ask(0, 1)
             values = first.new_empty((*shape, first.shape[1]), dtype=STORED)
             rows = values.flatten(end_dim=-2)
@@ -182,14 +182,3 @@ def _description(teacher: str, data: str, images: int, padding: int, flip: bool,
 
 def _checksum(values: Tensor) -> str:
     return hashlib.sha256(values.numpy()).hexdigest()
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
