@@ -126,7 +126,11 @@ def naive() -> Variant:
 
 
 def own(name: str, students: int, precision: str, engine: Engine, *, tabled: bool = False) -> Variant:
-    """The study's loop: students of one teacher and of as many temperatures; `tabled` has its logits beforehand."""
+    """The study's loop: students of one teacher and of as many temperatures; `tabled` has its logits beforehand.
+
+    Raises ValueError without students.
+    """
+    require_whole("students", students)
 
     def build(plan: Plan):
         recipe = Recipe(epochs=plan.epochs, batch=plan.batch, learning_rate=0.05, precision=precision)

@@ -285,3 +285,8 @@ def test_threads_are_put_back_when_a_measurement_fails(monkeypatch, small):
     with pytest.raises(RuntimeError, match="on fire"):
         growth(replace(REAL, rounds=1), "fp32", LONE, students=(1,), batches=(), threads=(usual + 1,))
     assert torch.get_num_threads() == usual
+
+
+def test_a_cohort_of_nobody_is_refused():
+    with pytest.raises(ValueError, match="students must be a whole number of at least 1, not 0"):
+        usual_variants("fp32", 0, LONE)
