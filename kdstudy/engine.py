@@ -158,7 +158,8 @@ class Stepper:
     def step(self) -> None:
         """Take one."""
         for member in self._group:
-            with self._own_random(member):
+            # only such a scheme may draw numbers between steps: the others are spared the exchange in every step
+            with self._own_random(member) if member.scheme.acts_between_steps else nullcontext():
                 member.begin_step()
         if self._blocks:
             self._timed_step()

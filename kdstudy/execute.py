@@ -17,6 +17,7 @@ from kdstudy.results import Ledger
 from kdstudy.store import Store
 from kdstudy.study import SCHEMES, Planner, RunSpec, check_methods
 from kdstudy.train import Stopped
+from kdstudy.ways import even_parts
 from kdstudy.workers import cores, side_by_side
 
 
@@ -221,7 +222,7 @@ def cohorts(
         alike.setdefault((_shared(spec), table), []).append(spec)
     while most > 1 and sum(-(-len(group) // most) for group in alike.values()) < least:
         most -= 1
-    return [tuple(part) for group in alike.values() for part in _parts(group, most)]
+    return [tuple(part) for group in alike.values() for part in even_parts(group, most)]
 
 
 def _shared(spec: RunSpec) -> tuple:
@@ -231,11 +232,6 @@ def _shared(spec: RunSpec) -> tuple:
         return (spec.depth, spec.id)  # their networks are a cohort already
     teachers = tuple(teacher.id for teacher in spec.teachers) if scheme.needs_teacher else ()
     return (spec.depth, spec.held_out, spec.images, spec.recipe, spec.seed, spec.network, teachers)
-
-
-def _parts(group: Sequence[RunSpec], most: int) -> list[Sequence[RunSpec]]:
-    count = -(-len(group) // most)
-    return [group[len(group) * part // count : len(group) * (part + 1) // count] for part in range(count)]
 
 
 def _epochs_taught(together: Iterable[Sequence[RunSpec]]) -> dict[tuple[str, str], int]:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from kdstudy.memory import bytes_kept, free_bytes
 from kdstudy.schemes import Batch, forward
 from kdstudy.train import HALF, Training
 
+T = TypeVar("T")
 Group = Sequence[Training]
 OwnRandom = Callable[[Training], AbstractContextManager]
 
@@ -169,9 +170,14 @@ def memory_holds(group: Group, batch: Batch) -> list[Group]:
     for buffer, value in before:
         buffer.copy_(value)
     room = int(SHARE_OF_MEMORY * free_bytes(member.device) // max(1, sum(kept.values())))
-    parts = -(-len(group) // max(1, room))
-    bounds = [len(group) * part // parts for part in range(parts + 1)]
-    return [group[start:stop] for start, stop in pairwise(bounds)]
+    return even_parts(group, max(1, room))
+
+
+def even_parts(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """The items in order in as few parts as can be of at most `most`, as even as can be."""
+    count = -(-len(items) // most)
+    bounds = [len(items) * part // count for part in range(count + 1)]
+    return [items[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _leaves(loss: Tensor) -> set[Tensor]:

@@ -96,7 +96,9 @@ class Race:
         self.clock, self.log, self.decided = [0.0], [], []
         monkeypatch.setattr(engine.time, "perf_counter", lambda: self.clock[0])
         takers = {name: Taker(name, self.clock, self.log, each) for name, each in seconds.items()}
-        member = SimpleNamespace(device=CPU, begin_step=lambda: self.log.append("."))
+        member = SimpleNamespace(
+            device=CPU, scheme=SimpleNamespace(acts_between_steps=True), begin_step=lambda: self.log.append(".")
+        )
         self.stepper = Stepper([member], takers, lambda member: nullcontext(), self.decided.append)
 
     def take(self, steps: int, epoch: int = 10**6, between: float = 0.0) -> "Race":
