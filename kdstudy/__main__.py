@@ -5,11 +5,15 @@ import json
 import math
 import re
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from kdstudy import __version__
+from kdstudy.provenance import tell_command
+from kdstudy.stopping import Failed, Stopped, StopRequest
+
+SHOWN_AT_MOST = 60  # runs that a command lists, if it has not made more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return notebook.main(argv[1:])
     arguments = _parser().parse_args(argv)
+    tell_command(argv)
     try:
-        arguments.command(arguments)
-    except (ValueError, OSError) as error:
+        return arguments.command(arguments) or 0
+    except (ValueError, OSError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, and the run goes on from its last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,17 +49,29 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(command=_data)
 
     run = commands.add_parser("run", help="train runs that have no record yet, without DVC and Jupyter")
-    run.add_argument("--setting", required=True, help="a setting of params.yaml")
-    run.add_argument("--stage", default="response", help="teacher, or a stage of params.yaml's methods")
-    run.add_argument("--method", action="append", metavar="ROW", help="only this row of the stage; may be repeated")
+    run.add_argument("--profile", help="the settings of this profile, all of them unless some are named")
+    run.add_argument("--setting", action="append", metavar="NAME", help="only this setting; may be repeated")
+    run.add_argument("--stage", action="append", help="only teacher, or this stage of params.yaml; may be repeated")
+    run.add_argument("--method", action="append", metavar="ROW", help="only this row; may be repeated")
     run.add_argument("--seed", action="append", type=int, help="only this seed; may be repeated")
+    run.add_argument("--order", choices=["cheapest", "named"], default="cheapest", help="which runs come first")
     run.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", help="override params.yaml")
-    run.add_argument("--device", help="auto, cpu, cuda or cuda:N; by default the profile's")
+    run.add_argument("--device", help="auto, cpu, cuda or cuda:N, several with commas; by default the profile's")
+    run.add_argument("--cluster", metavar="ADDRESS", help="by the workers of a Ray cluster; local:N starts N of them")
     run.add_argument("--budget", type=_seconds, metavar="TIME", help="stop after 90s, 25m or 2h; call again to go on")
-    run.add_argument("--profile", type=Path, metavar="FOLDER", help="write a trace and a breakdown of some steps there")
+    run.add_argument("--trace", type=Path, metavar="FOLDER", help="write a trace and a breakdown of some steps there")
     run.add_argument("--deterministic", action="store_true", help="repeat to the bit on a GPU, at the price of speed")
-    run.add_argument("--out", type=Path, help="keep runs in this folder instead of the run store")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="keep new runs there, for `collect`, not in the store")
     run.set_defaults(command=_run)
+
+    collect = commands.add_parser("collect", help="check and take in runs that were made elsewhere")
+    collect.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="what `run --out` wrote, or any store")
+    collect.set_defaults(command=_collect)
+
+    verify = commands.add_parser("verify", help="check results against records and tables; what cannot be reproduced")
+    verify.add_argument("profiles", nargs="*", metavar="PROFILE", help="by default all that are on disk")
+    verify.add_argument("--rescore", action="store_true", help="also score the weights again, where they are here")
+    verify.set_defaults(command=_verify)
 
     costs = commands.add_parser("costs", help="time and memory of every method's training step, beside vanilla KD's")
     costs.add_argument("setting", help="a setting of params.yaml")
@@ -135,33 +151,96 @@ def _data(arguments: argparse.Namespace) -> None:
     save_image_set(load_source(arguments.name, dataset.source, dataset.location), data_path(arguments.name))
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
+    request = StopRequest(arguments.budget or math.inf)  # first: importing torch is part of the budget
+
+    from kdstudy.campaign import Campaign, Choice
     from kdstudy.execute import Executor, open_ledger
     from kdstudy.progress import reporter
     from kdstudy.store import Store
-    from kdstudy.train import Stopped
 
-    store = Store(arguments.out / "runs", arguments.out / "published") if arguments.out else Store()
+    out = arguments.out
+    store = Store(out / "runs", out / "published", beneath=Store()) if out else Store()
     ledger = open_ledger(arguments.set, store)
-    end = time.monotonic() + arguments.budget if arguments.budget else math.inf
-    with reporter(arguments.setting) as progress:
-        executor = Executor(
-            ledger,
-            arguments.setting,
-            report=progress.update,
-            should_stop=lambda: time.monotonic() > end,
-            device=arguments.device,
-            profile_into=arguments.profile,
-            deterministic=arguments.deterministic,
-        )
+    settings = _settings(ledger.planner.params, arguments.profile, arguments.setting)
+    wanted = (arguments.stage or (), arguments.method or (), arguments.seed or ())
+    campaign = Campaign(ledger, Choice(settings, *wanted, as_named=arguments.order == "named"))
+    had = {spec.id for spec in campaign.recorded()}
+    with ExitStack() as stack:
+        progress = stack.enter_context(reporter(arguments.profile or settings[0]))
+        spread = stack.enter_context(_cluster(arguments.cluster)) if arguments.cluster else None
+        stack.enter_context(request.listening())
+
+        def executor_of(setting: str) -> Executor:
+            return Executor(
+                ledger,
+                setting,
+                report=progress.update,
+                should_stop=request,
+                device=arguments.device,
+                profile_into=arguments.trace,
+                deterministic=arguments.deterministic,
+                spread=spread,
+            )
+
         try:
-            specs = executor.make_chosen(arguments.stage, arguments.method, arguments.seed)
+            campaign.make(executor_of)
+            stopped = False
         except Stopped:
-            specs = ledger.runs(arguments.setting, arguments.stage)
-            print("the budget is spent; the same command goes on from here. On record so far:")
-    if arguments.profile:
-        print(f"where the time of a step goes: {arguments.profile / 'breakdown.md'}")
-    print(ledger.frame(specs)[["method", "purpose", "seed", "test_accuracy", "status", "run"]].to_string(index=False))
+            stopped = True
+    if arguments.trace:
+        print(f"where the time of a step goes: {arguments.trace / 'breakdown.md'}")
+    recorded = campaign.recorded()
+    shown = recorded if len(recorded) <= SHOWN_AT_MOST else [spec for spec in recorded if spec.id not in had]
+    columns = ["setting", "stage", "method", "purpose", "seed", "test_accuracy", "status", "run"]
+    if shown:
+        print(ledger.frame(shown)[columns].to_string(index=False))
+    print(f"{len(recorded)} of the wanted runs are on record, {len(recorded) - len(had)} of them new")
+    if stopped:
+        left = campaign.left()
+        print(f"{request.reason}; the same command goes on from here. Left (hours at the speed so far):")
+        print(left.round(1).to_string(index=False, na_rep="?"))
+        print(f"in all {left.runs.sum():,} runs of {left.epochs.sum():,} epochs at most")
+    return request.exit_code if stopped else 0
+
+
+def _settings(params, profile: str | None, named: Sequence[str] | None) -> list[str]:
+    """The settings named, or else all of a profile. Raises ValueError for none, and for one of another profile."""
+    from kdstudy.params import look_up
+
+    known = params.settings_of(profile) if profile else params.settings
+    if not profile and not named:
+        raise ValueError("name a --setting, or a --profile for all of its settings")
+    for name in named or ():
+        look_up(f"setting of profile {profile}:" if profile else "setting", name, known)
+    return list(named or known)
+
+
+def _cluster(address: str):
+    from kdstudy.cluster import RayCluster
+
+    return RayCluster(address)
+
+
+def _collect(arguments: argparse.Namespace) -> int:
+    from kdstudy.collect import collect, publish_collected
+    from kdstudy.execute import open_ledger
+
+    ledger = open_ledger()
+    findings = collect(arguments.folders, ledger)
+    for finding in findings:
+        print(f"{'taken' if finding.taken else 'left'}  {finding.path}: {finding.text}")
+    publish_collected(ledger, {finding.run for finding in findings if finding.taken})
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from kdstudy.execute import open_ledger
+    from kdstudy.verify import verify
+
+    report = verify(open_ledger(), arguments.profiles, rescore=arguments.rescore)
+    print(report.text)
+    return 1 if report.wrong else 0
 
 
 def _costs(arguments: argparse.Namespace) -> None:

@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdstudy.core import View
 from kdstudy.engine import Engine, Stepper
 from kdstudy.logit_table import LogitTable
 from kdstudy.schemes import Batch
-from kdstudy.train import HALF, Diverged, Stopped, Training, random_state, set_random_state
+from kdstudy.stopping import Stopped
+from kdstudy.train import HALF, Diverged, Training, random_state, set_random_state
 
 
 class Cohort:
@@ -24,7 +26,7 @@ class Cohort:
 
     `engine` says how steps are taken, by default in turn. `tables` hold the answers of teachers of which all members
     read logits only. `ended(member, diverged)` is told of each member as soon as it has finished
-    (None) or diverged.
+    (None) or diverged; if it raises Stopped, it will be told again of a resumed one.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Cohort:
     ):
         self.members, self.engine, self.tables = list(members), engine or Engine(), tables or {}
         self._ended = ended
-        self._waiting = list(members)
+        self._waiting: list[Training] = []
         self._random: dict[Training, dict[str, Tensor]] = {}
         self._steppers: dict[tuple, Stepper] = {}  # the last one
 
@@ -49,8 +51,9 @@ class Cohort:
         """`run`, handing over after every step that a group of members has taken."""
         self._clock = self._saved = time.monotonic()
         for member in self.members:
-            with self.own_random(member):
+            with self._saving_if_stopped(), self.own_random(member):
                 member.start()
+            self._waiting.append(member)
             self._clock_on([member])
         self._let_go()
         while self._waiting:
@@ -80,15 +83,20 @@ class Cohort:
         for member in group:
             with self.own_random(member):
                 member.begin_epoch()
+        if group[0].position.step == group[0].current.steps:  # all that this epoch lacked was its end
+            # no graph of it may be captured: the first step can move the networks to where they are one
+            self._end_epoch(group, lambda: torch.cat([member.tally() for member in group]))
+            return
         stepper = self._stepper(group)
         stepper.begin_epoch()
         while group[0].position.step < group[0].current.steps:
             stepper.step()
             for member in group:
+                member.made_by = stepper.description
                 member.end_step()
             self._between_steps(group)
             yield
-        self._end_epoch(group, stepper)
+        self._end_epoch(group, stepper.tally)
 
     def _stepper(self, group: Sequence[Training]) -> Stepper:
         key = tuple((member, member.position.phase) for member in group)
@@ -109,14 +117,28 @@ class Cohort:
 
     def _between_steps(self, group: Sequence[Training]) -> None:
         now = self._clock_on(group)
-        stopped = any(member.surroundings.should_stop() for member in group)
+        # each once: whoever is asked may go by how long ago that was
+        stopped = any(should_stop() for should_stop in {member.surroundings.should_stop for member in group})
         if stopped or now - self._saved > min(member.surroundings.checkpoint_seconds for member in group):
-            for member in self._waiting:
-                with self.own_random(member):
-                    member.save()
+            self._save()
             self._saved = now
         if stopped:
             raise Stopped
+
+    def _save(self) -> None:
+        for member in self._waiting:
+            with self.own_random(member):
+                member.save()
+
+    @contextmanager
+    def _saving_if_stopped(self, group: Sequence[Training] = ()) -> Iterator[None]:
+        """Inside, a stop lets all that wait be saved; the time since the last call was the group's."""
+        try:
+            yield
+        except Stopped:
+            self._clock_on(group)
+            self._save()
+            raise
 
     def _clock_on(self, group: Sequence[Training]) -> float:
         """Share out the time since the last call among those who used it."""
@@ -126,22 +148,19 @@ class Cohort:
         self._clock = now
         return now
 
-    def _end_epoch(self, group: Sequence[Training], stepper: Stepper) -> None:
-        tallies = stepper.tally().tolist()  # the one wait of the epoch
+    def _end_epoch(self, group: Sequence[Training], tally: Callable[[], Tensor]) -> None:
+        with self._saving_if_stopped(group):
+            tallies = tally().tolist()  # the one wait of the epoch
         self._clock_on(group)
         for member in group:
-            member.made_by = stepper.description
             own, tallies = tallies[: member.tally_size], tallies[member.tally_size :]
-            try:
-                with self.own_random(member):
-                    member.end_epoch(own)
-            except Diverged as diverged:
-                self._waiting.remove(member)
-                self._ended(member, diverged)
+            with suppress(Diverged), self.own_random(member):
+                member.end_epoch(own)
         self._let_go()
 
     def _let_go(self) -> None:
-        for member in [member for member in self._waiting if member.finished]:
+        for member in [member for member in self._waiting if member.ended]:
+            with self._saving_if_stopped():
+                self._ended(member, member.diverged)
             self._waiting.remove(member)
-            self._ended(member, None)
         self._clock = time.monotonic()  # what is done with those who have ended is not training

@@ -24,22 +24,34 @@ def data_path(dataset: str) -> Path:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device named, "auto" for a GPU if there is one; KDSTUDY_DEVICE in the environment comes first.
+    """The first of `choose_devices`."""
+    return choose_devices(wanted)[0]
+
+
+def choose_devices(wanted: str) -> list[torch.device]:
+    """The devices named: "auto" for every GPU, or the CPU if there is none; "cuda" for every GPU; "cpu", "cuda:1" or a
+    list of such, with commas. KDSTUDY_DEVICE in the environment comes first.
 
     Raises ValueError for a device that does not exist here.
     """
     wanted = os.environ.get("KDSTUDY_DEVICE", wanted)
+    count = torch.cuda.device_count()
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if count else "cpu"
+    if wanted == "cuda" and count:
+        return [torch.device("cuda", number) for number in range(count)]
+    return [_device(word, count) for word in wanted.split(",")]
+
+
+def _device(word: str, count: int) -> torch.device:
     try:
-        device = torch.device(wanted)
+        device = torch.device(word)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ValueError(f"device {wanted!r} was asked for, but torch finds {found} CUDA devices; try auto or cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {wanted!r}")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, or several of these with commas, not {word!r}")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {word!r} was asked for, but torch finds {count} CUDA devices; try auto or cpu")
     return device
 
 

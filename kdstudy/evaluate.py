@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdstudy.data import ImageBank
+from kdstudy.stopping import ShouldStop, never, until
 
 CALIBRATION_BINS = 15
 
@@ -36,15 +37,18 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def logits_of(network: nn.Module, images: ImageBank, batch: int = 500) -> Tensor:
-    """(N, C) logits of all plain images in eval mode, in the dtype of the images; the network's modes are restored."""
+def logits_of(network: nn.Module, images: ImageBank, batch: int = 500, should_stop: ShouldStop = never) -> Tensor:
+    """(N, C) logits of all plain images in eval mode, in the dtype of the images; the network's modes are restored.
+
+    Raises Stopped between two batches if `should_stop` says so.
+    """
     with evaluating(network):
-        return torch.cat([network(x).logits for x in images.plain(batch)])
+        return torch.cat([network(x).logits for x in until(should_stop, images.plain(batch))])
 
 
-def count_hits(network: nn.Module, images: ImageBank) -> Tensor:
-    """How many images' largest logit is the label's, a scalar on the device."""
-    return (logits_of(network, images).argmax(dim=1) == images.labels).sum()
+def count_hits(network: nn.Module, images: ImageBank, should_stop: ShouldStop = never) -> Tensor:
+    """How many images' largest logit is the label's, a scalar on the device. Raises Stopped as `logits_of` does."""
+    return (logits_of(network, images, should_stop=should_stop).argmax(dim=1) == images.labels).sum()
 
 
 def score(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Scores:

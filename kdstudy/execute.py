@@ -1,22 +1,24 @@
 """Finds the runs that a stage lacks, has them made in an order that serves, and publishes their records."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from kdstudy.device import DataOnDevice, choose_device, data_path, make_ready
+from kdstudy.device import DataOnDevice, choose_devices, data_path, make_ready
 from kdstudy.evaluate import logits_of
 from kdstudy.image_set import read_card, read_image_set
 from kdstudy.make import Maker, OnStep, accuracy, table_of
 from kdstudy.models import Ensemble
 from kdstudy.params import PARAMS_FILE, load_params, look_up
 from kdstudy.results import Ledger
+from kdstudy.stopping import ShouldStop, Stopped, StopRequest
 from kdstudy.store import Store
 from kdstudy.study import SCHEMES, Planner, RunSpec, check_methods
-from kdstudy.train import Stopped
 from kdstudy.ways import even_parts
 from kdstudy.workers import cores, side_by_side
 
@@ -40,12 +42,36 @@ def _checksum(dataset: str, store: Store) -> str:
     return store.published_checksum(dataset) or "not made"
 
 
+Cohort = tuple[RunSpec, ...]
+Report = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What whoever makes cohorts of a setting must know, wherever it is done."""
+
+    ledger: Ledger
+    setting: str
+    deterministic: bool
+    teaching: Mapping[tuple[str, str], int]  # `make.Maker.teaching`
+
+
+class Spread(Protocol):
+    """Has cohorts made elsewhere, as many at a time as it has `seats`."""
+
+    seats: int
+
+    def __call__(self, order: Order, groups: Sequence[Sequence[Cohort]], tell: OnStep, should_stop: ShouldStop) -> None:
+        """Have them made, a group when the one before is done. Their records are in the ledger's store afterwards."""
+
+
 class Executor:
     """Makes the runs of one setting. `report(done, total, text)` is told how far it is, in epochs.
 
-    `device` is "auto", "cpu", "cuda" or "cuda:N"; by default the profile's. `profile_into` names a folder for a profile
-    of the first steps that are taken; runs are then made in this process. `deterministic` asks for results that repeat
-    to the bit, even if the profile does not.
+    `device` is "auto", "cpu", "cuda" or "cuda:N", or several with commas, by default the profile's. Cohorts are spread
+    over all devices that it names, or, if there is a `spread`, by that. `profile_into` names a folder for a profile of
+    the first steps that are taken; runs are then made in this process. `deterministic` asks for results that repeat to
+    the bit, even if the profile does not. Without `should_stop` work stops at an interrupt or SIGTERM.
     """
 
     def __init__(
@@ -53,26 +79,39 @@ class Executor:
         ledger: Ledger,
         setting: str,
         *,
-        report: Callable[[float, float, str], None] = lambda done, total, text: None,
-        should_stop: Callable[[], bool] = lambda: False,
-        device: str | None = None,
+        report: Report = lambda done, total, text: None,
+        should_stop: ShouldStop | None = None,
+        device: str | torch.device | None = None,
         profile_into: Path | None = None,
         deterministic: bool = False,
+        spread: Spread | None = None,
     ):
         self.ledger, self.store, self.setting = ledger, ledger.store, setting
         params = ledger.planner.params
         self._profile = params.profiles[ledger.planner.setting(setting).profile]
-        self._report, self._should_stop = report, should_stop
+        self._report = report
+        self._request = StopRequest()
+        self._should_stop = should_stop or self._request
         self._wanted_device = device or self._profile.device
-        self._profile_into, self._deterministic = profile_into, deterministic
+        self._profile_into, self._spread = profile_into, spread
+        self._deterministic = deterministic or self._profile.deterministic
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """All on which runs may be made."""
+        named = self._wanted_device
+        return [named] if isinstance(named, torch.device) else choose_devices(named)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where runs are made."""
+        """Where runs are made by this process."""
         if self._profile.threads:
             torch.set_num_threads(self._profile.threads)
-        make_ready(self._deterministic or self._profile.deterministic)
-        return choose_device(self._wanted_device)
+        make_ready(self._deterministic)
+        device = self.devices[0]
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for whatever asks for the current one: graphs, streams, compiled code
+        return device
 
     @cached_property
     def data(self) -> DataOnDevice:
@@ -86,8 +125,12 @@ class Executor:
         return Maker(self.store, self.data, self._profile, self._should_stop)
 
     def run_stage(self, stage: str) -> list[RunSpec]:
-        """Train whatever the stage lacks, cells of grids before final runs, and publish all of its records."""
-        specs = self.make_chosen(stage)
+        """Train whatever the stage lacks, cells of grids before final runs, and publish all of its records.
+
+        Raises Stopped when it is asked to stop; what is not yet finished goes on from its checkpoints.
+        """
+        with self._request.listening():
+            specs = self.make_chosen(stage)
         self.store.publish(self.ledger.planner.setting(self.setting).profile, stage, self.setting, specs)
         if self.ledger.planner.setting(self.setting).ensembles:
             self._publish_ensembles(spec for spec in specs if spec.purpose == "final")
@@ -127,12 +170,11 @@ class Executor:
 
         Raises Stopped if asked to stop in between.
         """
-        missing = self._missing(specs)
+        missing = lacking(specs, self.store)
         for network in dict.fromkeys(spec.network for spec in missing):
             self.data.check(network)  # the last one's misspelt name is told before the first one is trained
-        workers = min(len(missing) // 2, self._profile.workers or cores())  # a worker's start costs about a run
-        side = workers > 1 and self.device.type == "cpu" and not self._profile_into
-        least = workers if side else 1
+        seats = self._seats(len(missing))
+        least = self._spread.seats if self._spread else len(seats)
         together = cohorts(missing, self._profile.cohort, least, tables_apart=self._profile.logit_table)
         done = dict.fromkeys((spec.id for spec in missing), 0.0)
         total = sum(spec.epochs for spec in missing)
@@ -141,40 +183,49 @@ class Executor:
             done[spec.id] = epochs
             self._report(sum(done.values()), total, f"{spec} {text}")
 
-        if side:
-            self._complete_side_by_side(together, workers, tell)
-            return
-        self.maker.teaching = _epochs_taught(together)
+        order = Order(self.ledger, self.setting, self._deterministic, _epochs_taught(together))
+        # a student's teachers come before it
+        groups = [list(group) for _, group in groupby(together, key=lambda cohort: cohort[0].depth)]
+        if self._spread and missing:
+            self._spread(order, groups, tell, self._should_stop)
+        elif len(seats) > 1:
+            _make_side_by_side(order, groups, seats, tell, self._should_stop)
+        else:
+            self._make_here(order, together, tell)
+
+    def _seats(self, missing: int) -> list[torch.device]:
+        """A device for each process that makes runs; one stands for this process itself."""
+        if self._profile_into:
+            return self.devices[:1]
+        if len(self.devices) == 1 and self.devices[0].type == "cpu":
+            workers = min(missing // 2, self._profile.workers or cores())  # a worker's start costs about a run
+            return self.devices * max(workers, 1)
+        return self.devices[: max(missing, 1)]
+
+    def _make_here(self, order: Order, together: Sequence[Cohort], tell: OnStep) -> None:
+        self.maker.teaching = order.teaching
         for cohort in together:
+            if self._should_stop():
+                raise Stopped
             if cohort[0].depth == together[-1][0].depth:  # not that of a teacher, if there are students
                 self.maker.profile_into, self._profile_into = self._profile_into, None
             self.maker.make(cohort, tell)
 
-    def _complete_side_by_side(self, together: Sequence[Sequence[RunSpec]], workers: int, tell: OnStep) -> None:
-        shared = (self.ledger, self.setting, str(self.device), _epochs_taught(together))
-        # a student's teachers come before it
-        groups = [list(group) for _, group in groupby(together, key=lambda cohort: cohort[0].depth)]
-        options = {
-            "tell": lambda cohort, news, text: tell(cohort[int(news[0])], news[1], text),
-            "should_stop": self._should_stop,
-            "preload": ("torch._dynamo",),  # torch.optim imports it when it is first used
-        }
-        side_by_side(_make_in_worker, shared, groups, workers, **options)
 
-    def _missing(self, specs: Iterable[RunSpec]) -> list[RunSpec]:
-        """Those without a record, behind all teachers whose weights they need and that have none."""
-        found: dict[str, RunSpec] = {}
+def lacking(specs: Iterable[RunSpec], store: Store) -> list[RunSpec]:
+    """Those without a record, behind all teachers whose weights they need and that have none."""
+    found: dict[str, RunSpec] = {}
 
-        def add(spec: RunSpec) -> None:
-            for teacher in spec.teachers:
-                if not self.store.weights(teacher.id).exists():
-                    add(teacher)
-            found.setdefault(spec.id, spec)
+    def add(spec: RunSpec) -> None:
+        for teacher in spec.teachers:
+            if not store.weights(teacher.id).exists():
+                add(teacher)
+        found.setdefault(spec.id, spec)
 
-        for spec in specs:
-            if self.store.record(spec) is None:
-                add(spec)
-        return sorted(found.values(), key=lambda spec: spec.depth)
+    for spec in specs:
+        if store.record(spec) is None:
+            add(spec)
+    return sorted(found.values(), key=lambda spec: spec.depth)
 
 
 def _teaching(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
@@ -188,30 +239,55 @@ def _teaching(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
     return found
 
 
-_executors: dict[tuple[str, str], Executor] = {}  # of a worker process: the data is read once
+def _make_side_by_side(
+    order: Order,
+    groups: Sequence[Sequence[Cohort]],
+    seats: Sequence[torch.device],
+    tell: OnStep,
+    should_stop: ShouldStop,
+) -> None:
+    side_by_side(
+        _make_in_worker,
+        order,
+        groups,
+        [str(device) for device in seats],
+        tell=lambda cohort, news, text: tell(cohort[news[0]], news[1], text),
+        should_stop=should_stop,
+        preload=("torch._dynamo",),  # torch.optim imports it when it is first used
+    )
 
 
 def _make_in_worker(
-    shared: tuple[Ledger, str, str, Mapping[tuple[str, str], int]],
-    cohort: Sequence[RunSpec],
-    tell: Callable[[tuple[int, float], str], None],
-    should_stop: Callable[[], bool],
+    order: Order, seat: str, cohort: Cohort, tell: Callable[[tuple[int, float], str], None], should_stop: ShouldStop
 ) -> None:
-    ledger, setting, device, teaching = shared
+    numbers = {spec.id: number for number, spec in enumerate(cohort)}
+    make_cohort(order, seat, cohort, lambda spec, epochs, text: tell((numbers[spec.id], epochs), text), should_stop)
+
+
+_executors: dict[tuple[str, str], Executor] = {}  # of a worker process: the data is read once
+
+
+def make_cohort(order: Order, device: str, cohort: Cohort, tell: OnStep, should_stop: ShouldStop) -> None:
+    """Make a cohort in this process, which does so for one order only, on a device by its name. Raises Stopped."""
     if should_stop():
         raise Stopped
-    key = (setting, device)
+    key = (order.setting, device)
     if key not in _executors:
-        _executors[key] = Executor(ledger, setting, should_stop=should_stop, device=device)
-    maker, numbers = _executors[key].maker, {spec.id: number for number, spec in enumerate(cohort)}
-    maker.teaching = teaching
-    maker.make(cohort, lambda spec, epochs, text: tell((numbers[spec.id], epochs), text))
+        _executors[key] = Executor(
+            order.ledger,
+            order.setting,
+            should_stop=should_stop,
+            device=torch.device(device),
+            deterministic=order.deterministic,
+        )
+    maker = _executors[key].maker
+    maker.teaching = order.teaching
+    maker.make(cohort, tell)
 
 
-def cohorts(
-    specs: Iterable[RunSpec], most: int, least: int = 1, *, tables_apart: bool = False
-) -> list[tuple[RunSpec, ...]]:
-    """The runs in groups that share batches and teacher, at most `most` in each; `least` groups or more, if it can be.
+def cohorts(specs: Iterable[RunSpec], most: int, least: int = 1, *, tables_apart: bool = False) -> list[Cohort]:
+    """The runs in groups that share batches and teacher, at most `most` in each; of each depth `least` groups or more,
+    if it can be.
 
     Groups are as even as can be, and come in the order of their first runs. With `tables_apart` runs that a table of
     logits could serve are not put beside others, for which the teacher must run.
@@ -220,9 +296,18 @@ def cohorts(
     for spec in specs:
         table = table_of([spec]) if tables_apart else None
         alike.setdefault((_shared(spec), table), []).append(spec)
-    while most > 1 and sum(-(-len(group) // most) for group in alike.values()) < least:
+    depths = {group[0].depth for group in alike.values()}
+    limits = {
+        depth: _limit([group for group in alike.values() if group[0].depth == depth], most, least) for depth in depths
+    }
+    return [tuple(part) for group in alike.values() for part in even_parts(group, limits[group[0].depth])]
+
+
+def _limit(groups: Sequence[Sequence[RunSpec]], most: int, least: int) -> int:
+    """The largest size, up to `most`, of parts of these groups of which there are at least so many, or 1."""
+    while most > 1 and sum(-(-len(group) // most) for group in groups) < least:
         most -= 1
-    return [tuple(part) for group in alike.values() for part in even_parts(group, most)]
+    return most
 
 
 def _shared(spec: RunSpec) -> tuple:

@@ -32,12 +32,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def _temporary_beside(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.torn-", suffix=path.suffix)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write into this folder ({error.strerror})", str(path.parent)) from None
     os.close(handle)
     os.chmod(name, 0o666 & ~_umask())
     return Path(name)
+
+
+def remove_torn_writes(folder: Path) -> None:
+    """Remove what a killed `atomic_write` left in a folder. Only for whoever alone writes there at the moment."""
+    for path in folder.glob(".*.torn-*"):
+        path.unlink(missing_ok=True)
 
 
 def require_writable(folder: Path) -> None:

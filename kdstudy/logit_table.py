@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdstudy.checkpoint import BadFile
+from kdstudy.checkpoint import BadFile, told_if_full
 from kdstudy.core import Method, require_whole
 from kdstudy.data import ImageBank
 from kdstudy.evaluate import evaluating
@@ -94,11 +94,14 @@ class LogitTable:
         return self.values[index, shift[:, 0], shift[:, 1], flip.long()].to(self.dtype)
 
     def save(self, path: Path, *, teacher: str, data: str) -> None:
-        """Write the table, atomically. `teacher` and `data` name the network and the images, in their order."""
+        """Write the table, atomically. `teacher` and `data` name the network and the images, in their order.
+
+        Raises OSError naming the folder if the disk is full.
+        """
         images, shifts, _, flips, _ = self.values.shape
         values = self.values.cpu()
         described = _description(teacher, data, images, shifts // 2, flips == 2, self.precision)
-        with atomic_write(path) as temporary:
+        with told_if_full(path.parent), atomic_write(path) as temporary:
             save_file({TENSOR: values}, temporary, metadata=described | {"sha256": _checksum(values)})
 
     @classmethod

@@ -1,14 +1,10 @@
 """Makes runs, several at a time: builds, trains, scores them, and keeps records and weights."""
 
 import math
-import os
-import platform
-import subprocess
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,20 +13,24 @@ from torch import Tensor, nn
 
 from kdstudy import logit_table
 from kdstudy.breakdown import Profile as StepProfile
-from kdstudy.checkpoint import BadFile, load_weights, save_weights
+from kdstudy.checkpoint import BadFile, file_checksum, load_weights, save_weights
 from kdstudy.cohort import Cohort
 from kdstudy.data import BlankBank, ImageBank
 from kdstudy.device import DataOnDevice
 from kdstudy.engine import Choices, Engine
 from kdstudy.evaluate import logits_of, score
 from kdstudy.logit_table import LogitTable
-from kdstudy.memory import free_bytes
+from kdstudy.memory import OutOfMemory, free_bytes, is_out_of_memory, release
 from kdstudy.models import count_parameters
 from kdstudy.params import Profile
+from kdstudy.provenance import now, session
+from kdstudy.records import Record
 from kdstudy.schemes import Offline, Scheme, sample_batch
-from kdstudy.store import Record, Store
+from kdstudy.stopping import ShouldStop, Stopped
+from kdstudy.store import Store
 from kdstudy.study import METHODS, SCHEMES, RunSpec
-from kdstudy.train import HALF, Diverged, Stopped, Surroundings, Training
+from kdstudy.train import HALF, REVISION, Diverged, Surroundings, Training
+from kdstudy.ways import even_parts
 
 OnStep = Callable[[RunSpec, float, str], None]
 
@@ -48,35 +48,63 @@ class Maker:
         store: Store,
         data: DataOnDevice,
         profile: Profile,
-        should_stop: Callable[[], bool],
+        should_stop: ShouldStop,
     ):
         self.store, self.data, self.device = store, data, data.device
         self._profile, self._should_stop = profile, should_stop
         self.teaching: Mapping[tuple[str, str], int] = {}
         self.profile_into: Path | None = None
         self._last_table: dict[Path, LogitTable] = {}
-        self._engine = Engine(profile.way, profile.graphs, profile.compiles, Choices(store.root.parent / "ways.json"))
+        # on a CPU compiled students are no faster, and compiling, which nothing can stop, takes half a minute
+        compiles = profile.compiles and data.device.type == "cuda"
+        self._engine = Engine(profile.way, profile.graphs, compiles, Choices(store.root.parent / "ways.json"))
         self._teacher_logits = cache(self._teacher_logits)
 
     def make(self, specs: Sequence[RunSpec], on_step: OnStep = lambda spec, epochs, text: None) -> list[Record]:
         """Train runs together, each from its checkpoint if it has one; keep records and weights.
 
-        Runs that are finished are left as they are; those that diverge have a record, too. Raises Stopped.
+        Runs that are finished are left as they are; those that diverge have a record, too. Where memory does not
+        suffice for all of them together, halves are made one after the other. Raises Stopped, and OutOfMemory if one
+        does not fit by itself.
         """
         with ExitStack() as locks:
             for run in sorted(spec.id for spec in specs):  # in one order, so that no two processes wait for each other
                 locks.enter_context(self.store.lock(run))
-            missing = [spec for spec in specs if not self._is_made(spec)]  # another process may have made some
-            if missing:
-                self._train(missing, on_step)
+            self._make(specs, on_step)
         return [self.store.record(spec) for spec in specs]
+
+    def _make(self, specs: Sequence[RunSpec], on_step: OnStep) -> None:
+        missing = [spec for spec in specs if not self._is_made(spec)]  # another process may have made some
+        if not missing:
+            return
+        problem = self._try_to_train(missing, on_step)
+        if not problem:
+            return
+        release(self.device)
+        if len(missing) == 1:
+            raise OutOfMemory(
+                f"{missing[0]} ran out of memory ({problem:.200}). Free some, or make it smaller: its recipe's batch, "
+                "the profile's workers, logit_table: false; it goes on from its last checkpoint"
+            )
+        warnings.warn(f"{len(missing)} runs together ran out of memory, now half as many at a time", stacklevel=3)
+        for part in even_parts(missing, -(-len(missing) // 2)):
+            self._make(part, on_step)
+
+    def _try_to_train(self, specs: Sequence[RunSpec], on_step: OnStep) -> str:
+        """Train; what was said if memory did not suffice, else "". The error itself would keep what it ran out of."""
+        try:
+            self._train(specs, on_step)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return str(error).partition("\n")[0] or type(error).__name__
+        return ""
 
     def _is_made(self, spec: RunSpec) -> bool:
         record = self.store.record(spec)
         return record is not None and (record["status"] == "diverged" or self.store.weights(spec.id).exists())
 
     def _train(self, specs: Sequence[RunSpec], on_step: OnStep) -> None:
-        started = _now()
         teacher = cache(self.teacher)  # one network for all that it teaches
         trainings = {self._training(spec, teacher, on_step): spec for spec in specs}
         table = self._table(specs, trainings)
@@ -84,7 +112,7 @@ class Maker:
         def keep(training: Training, diverged: Diverged | None) -> None:
             spec = trainings[training]
             made_by = training.made_by | {"logit_table": bool(table)}
-            record = _describe(spec, training.scheme, self.device) | {"started": started, "engine": made_by}
+            record = _describe(spec, training) | {"engine": made_by}
             self._keep(spec, training, diverged, record)
 
         cohort = Cohort(list(trainings), self._engine, table, keep)
@@ -99,6 +127,7 @@ class Maker:
 
     def _training(self, spec: RunSpec, teacher: Callable[[RunSpec], nn.Module], on_step: OnStep) -> Training:
         bank = self._bank(spec)
+        self.store.take_up_checkpoint(spec.id)
         return Training(
             self._scheme(spec, bank, teacher),
             spec.recipe,
@@ -106,7 +135,12 @@ class Maker:
             seed=spec.seed,
             watch=self.data.watched(spec.held_out, spec.recipe),
             surroundings=Surroundings(
-                checkpoint=self.store.checkpoint(spec.id), on_step=partial(on_step, spec), should_stop=self._should_stop
+                checkpoint=self.store.checkpoint(spec.id),
+                checkpoint_seconds=self._profile.checkpoint_seconds,
+                on_step=partial(on_step, spec),
+                should_stop=self._should_stop,
+                run=spec.id,
+                session=session(self.device),
             ),
             capturable=self._profile.graphs and self.device.type == "cuda",
         )
@@ -119,11 +153,14 @@ class Maker:
             further = {name: self._test_accuracy(network, spec) for name, network in scheme.further().items()}
         if diverged or not all(map(math.isfinite, scores.values())):  # the very last step can do that
             record |= {"status": "diverged", "scores": {}, "further": {}, "history": _without_nan(history)}
+            record["weights_sha256"] = None
         else:
             record |= {"status": "finished", "scores": scores, "further": further, "history": history}
-            save_weights(scheme.deployed, self.store.weights(spec.id))
+            weights = self.store.weights(spec.id)
+            save_weights(scheme.deployed, weights)
+            record["weights_sha256"] = file_checksum(weights)
         record["network_epochs"] = _network_epochs(scheme, history)
-        self.store.write_record(record | {"seconds": round(training.seconds, 1), "finished": _now()})
+        self.store.write_record(record | {"seconds": round(training.seconds, 1), "finished": now()})
 
     def _bank(self, spec: RunSpec) -> ImageBank | BlankBank:
         """What a run is trained on."""
@@ -180,20 +217,23 @@ class Maker:
     def _scores(self, network: nn.Module, spec: RunSpec) -> dict[str, float]:
         watch = self.data.watched(spec.held_out, spec.recipe)
         teacher_logits = self._teacher_logits(spec.teacher) if spec.teacher else None
-        test = score(logits_of(network, watch["test"]), watch["test"].labels, teacher_logits)
+        test = score(self._logits(network, watch["test"]), watch["test"].labels, teacher_logits)
         scores = {"test_accuracy": test.accuracy, "nll": test.nll, "ece": test.ece}
         if spec.teacher:
             scores |= {"agreement": test.agreement, "teacher_accuracy": accuracy(teacher_logits, watch["test"])}
         if "held_out" in watch:
-            scores["val_accuracy"] = accuracy(logits_of(network, watch["held_out"]), watch["held_out"])
+            scores["val_accuracy"] = accuracy(self._logits(network, watch["held_out"]), watch["held_out"])
         return {name: round(value, 6) for name, value in scores.items()}
 
     def _test_accuracy(self, network: nn.Module, spec: RunSpec) -> float:
         test = self.data.watched(spec.held_out, spec.recipe)["test"]
-        return round(accuracy(logits_of(network, test), test), 6)
+        return round(accuracy(self._logits(network, test), test), 6)
+
+    def _logits(self, network: nn.Module, bank: ImageBank) -> Tensor:
+        return logits_of(network, bank, should_stop=self._should_stop)
 
     def _teacher_logits(self, spec: RunSpec) -> Tensor:
-        return logits_of(self.teacher(spec), self.data.watched(0, spec.recipe)["test"])
+        return self._logits(self.teacher(spec), self.data.watched(0, spec.recipe)["test"])
 
 
 def table_of(specs: Sequence[RunSpec]) -> tuple[str, str] | None:
@@ -211,9 +251,13 @@ def accuracy(logits: Tensor, bank: ImageBank) -> float:
     return score(logits, bank.labels).accuracy
 
 
-def _describe(spec: RunSpec, scheme: Scheme, device: torch.device) -> Record:
+def _describe(spec: RunSpec, training: Training) -> Record:
+    scheme, sessions = training.scheme, training.sessions
+    last = sessions[-1]
     return {
         "run": spec.id,
+        "identity": spec.identity,
+        "revision": REVISION,
         "dataset": spec.dataset,
         "data_checksum": spec.data_checksum,
         "held_out": spec.held_out,
@@ -231,10 +275,10 @@ def _describe(spec: RunSpec, scheme: Scheme, device: torch.device) -> Record:
         "deployed": scheme.role,
         "student_parameters": count_parameters(scheme.deployed),
         "trained_parameters": _trained_parameters(scheme),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
+        "started": sessions[0]["started"],
+        **{name: last[name] for name in ("device", "torch", "commit")},
+        "resumes": len(sessions) - 1,
+        "sessions": sessions,
     }
 
 
@@ -255,28 +299,8 @@ def _network_epochs(scheme: Scheme, history: Sequence[Mapping]) -> int:
     return sum(passes[epoch["phase"]] for epoch in history)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def _without_nan(history: list[dict]) -> list[dict]:
     def cleaned(value):
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return [{name: cleaned(value) for name, value in epoch.items()} for epoch in history]
-
-
-@cache
-def commit() -> str:
-    """The commit of the code that runs, with "+" if the tree has changes; KDSTUDY_COMMIT where there is no git."""
-    try:
-        head = _git("rev-parse", "HEAD")[:12]
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "kdstudy", "params.yaml")
-        return head + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KDSTUDY_COMMIT", "unknown")
-
-
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent.parent
-    return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout.strip()

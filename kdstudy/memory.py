@@ -1,6 +1,7 @@
 """How much memory a step needs until its backward pass, and how much there is."""
 
 import ctypes
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kdstudy.stopping import Failed
+
 T = TypeVar("T")
 
 AVAILABLE = Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup")
 # of glibc's mallopt
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 NEVER, LARGE = 2**31 - 1, 2**25
@@ -43,12 +47,42 @@ def bytes_kept(function: Callable[[], T]) -> tuple[T, dict[int, int]]:
         return function(), kept
 
 
+class OutOfMemory(Failed):
+    """A run that does not fit into memory even by itself."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python, numpy or torch says that there is no memory left, on the host or on a GPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def free_bytes(device: torch.device) -> int:
     """How many bytes of the device's memory can still be had, caches of torch's own included."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
-    if AVAILABLE.exists():
-        lines = dict(line.split(":", 1) for line in AVAILABLE.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # systems that do not say what is free
+    if not AVAILABLE.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # systems that do not say what is free
+    lines = dict(line.split(":", 1) for line in AVAILABLE.read_text().splitlines())
+    return min([1024 * int(lines["MemAvailable"].split()[0]), *_left_to_container()])
+
+
+def _left_to_container() -> list[int]:
+    """What a container's limit leaves; empty where there is none."""
+    try:
+        limit, used = ((CONTAINER / name).read_text() for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    # pages of files that nobody needs at the moment count as used, but are given back
+    return [] if limit.strip() == "max" else [int(limit) - int(used) + int(kept.get("inactive_file", 0))]

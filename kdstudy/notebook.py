@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from kdstudy.files import require_writable, unknown_name, write_text
 from kdstudy.progress import Relay
+from kdstudy.provenance import tell_command
+from kdstudy.workers import end_with_parent
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -30,6 +32,8 @@ KERNEL_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a warning of the debugger about frozen modules
 }
+KEPT = "what was finished is kept, and the stage goes on from its last checkpoints"
+GRACE_SECONDS = 60.0  # twice what a kernel has to write its checkpoints: after half of it it is told again
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -115,7 +119,11 @@ def _claim(output: Path) -> Iterator[Path]:
 
 def _execute(source: Path, scratch: Path, parameters: Mapping[str, str], label: str) -> None:
     import papermill
+    from jupyter_client.manager import AsyncKernelManager
     from papermill.exceptions import PapermillExecutionError
+
+    class PatientManager(AsyncKernelManager):
+        shutdown_wait_time = GRACE_SECONDS
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is checked or raised here
     with Relay(label) as relay, _environment(KERNEL_ENVIRONMENT | relay.environment):
@@ -127,6 +135,7 @@ def _execute(source: Path, scratch: Path, parameters: Mapping[str, str], label: 
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
+                kernel_manager_class=PatientManager,
                 extra_arguments=["--log-level=CRITICAL"],
             )
         except PapermillExecutionError as error:
@@ -255,6 +264,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("output", type=Path, help="where the executed notebook goes")
     parser.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help="values for its parameters cell")
     arguments = parser.parse_args(argv)
+    tell_command(["notebook", *argv])
+    if "DVC_STAGE" in os.environ:
+        end_with_parent()  # a killed DVC must not leave a stage behind that keeps the GPU
     before = signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         run_notebook(arguments.source, arguments.output, _parse_parameters(arguments.parameters))
@@ -262,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted; {KEPT}", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -281,4 +293,5 @@ def _parse_parameters(words: Sequence[str]) -> dict[str, str]:
 
 def _exit_on_signal(number: int, frame: object) -> None:
     # an exception, unlike the default action, lets papermill shut its kernel down on the way out
+    print(f"stopped by {signal.Signals(number).name}; {KEPT}", file=sys.stderr)
     raise SystemExit(128 + number)

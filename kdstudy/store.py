@@ -8,50 +8,72 @@ knows what is finished without having any weights.
 import fcntl
 import json
 import os
+import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kdstudy.files import write_json
+from kdstudy.checkpoint import remove_checkpoint
+from kdstudy.files import atomic_write, remove_torn_writes, write_json
+from kdstudy.records import BadRecord, Record, read_record, seal
 from kdstudy.study import RunSpec
 
 STORE = Path(os.environ.get("KDSTUDY_STORE", ".kdstudy/runs"))
 PUBLISHED = Path("runs")
 
-Record = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Store:
-    """Runs on disk. `root` holds them by id, `published` the records that stages have handed on."""
+    """Runs on disk. `root` holds them by id, `published` the records that stages have handed on.
+
+    What is not there is looked for in the store `beneath`, which is only read.
+    """
 
     root: Path = STORE
     published: Path = PUBLISHED
+    beneath: "Store | None" = None
 
     def weights(self, run: str) -> Path:
         """Where the deployed network's weights are or will be."""
-        return self.root / run / "weights.safetensors"
+        own = self.root / run / "weights.safetensors"
+        if self.beneath and not own.exists() and self.beneath.weights(run).exists():
+            return self.beneath.weights(run)
+        return own
 
     def checkpoint(self, run: str) -> Path:
         """Where an unfinished run's checkpoint is or will be."""
         return self.root / run / "checkpoint.pt"
 
+    def take_up_checkpoint(self, run: str) -> None:
+        """Copy an unfinished run's checkpoint from the store beneath, where there is none here."""
+        own = self.checkpoint(run)
+        if self.beneath and not own.exists() and self.beneath.checkpoint(run).exists():
+            with atomic_write(own) as temporary:
+                shutil.copyfile(self.beneath.checkpoint(run), temporary)
+
     def record(self, spec: RunSpec) -> Record | None:
         """The record of a finished or diverged run, from the store or as published; None if there is none.
 
-        Raises ValueError naming the file if it is torn or belongs to another run.
+        One that is torn gives way to its other copy, with a warning. Raises ValueError naming the file if there is no
+        other, or if it belongs to another run.
         """
-        for path in (self._record_path(spec.id), self.published_path(spec)):
-            if path.exists():
-                return _read_record(path, spec.id)
-        return None
+        present = [path for path in (self.record_path(spec.id), self.published_path(spec)) if path.exists()]
+        if not present:
+            return self.beneath.record(spec) if self.beneath else None
+        for path in present:
+            try:
+                return read_record(path, spec.id)
+            except BadRecord as error:
+                if path is present[-1]:
+                    raise
+                warnings.warn(f"{error}. Its other copy, {present[-1]}, is taken", stacklevel=2)
 
     def write_record(self, record: Record) -> None:
-        """Keep a record; from now on the run is finished. Its checkpoint is removed."""
-        write_json(self._record_path(record["run"]), record)
-        self.checkpoint(record["run"]).unlink(missing_ok=True)
+        """Seal and keep a record; from now on the run is finished. Its checkpoint is removed."""
+        write_json(self.record_path(record["run"]), seal(record))
+        remove_checkpoint(self.checkpoint(record["run"]))
 
     def published_path(self, spec: RunSpec) -> Path:
         """Where a stage publishes the record of this run."""
@@ -62,8 +84,10 @@ class Store:
 
         Raises ValueError naming a published file that is torn.
         """
-        found = [_read_record(path, path.stem) for path in self.published.glob("*/*/*/*.json")]
+        found = [read_record(path, path.stem) for path in self.published.glob("*/*/*/*.json")]
         found = [record for record in found if record["dataset"] == dataset]
+        if not found and self.beneath:
+            return self.beneath.published_checksum(dataset)
         return max(found, key=lambda record: record["finished"])["data_checksum"] if found else None
 
     def publish(self, profile: str, stage: str, setting: str, specs: Iterable[RunSpec]) -> None:
@@ -98,25 +122,17 @@ class Store:
 
     @contextmanager
     def lock(self, run: str) -> Iterator[None]:
-        """Hold a run for this process; waits while another process holds it. The lock ends with its holder."""
+        """Hold a run for this process; waits while another process holds it. The lock ends with its holder.
+
+        What the last holder was writing when it was killed is swept away.
+        """
         folder = self.root / run
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            remove_torn_writes(folder)
             yield
 
-    def _record_path(self, run: str) -> Path:
+    def record_path(self, run: str) -> Path:
+        """Where this store's own record of a run is or will be."""
         return self.root / run / "record.json"
-
-
-def _read_record(path: Path, run: str) -> Record:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record["run"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of a run ({error}); remove it to have the run made again") from error
-    if found != run:
-        raise ValueError(f"{path} is the record of run {found}, not {run}")
-    # records from before there were schemes of several networks do not say these
-    one_network = {"deployed": "student", "further": {}, "network_epochs": len(record["history"])}
-    return one_network | record

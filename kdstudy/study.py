@@ -1,7 +1,5 @@
 """The study as objects: the table of methods, and what each run is - its specification and its id."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
@@ -45,6 +43,7 @@ from kdstudy.launch import Launch
 from kdstudy.params import Grid, Params, Row, Setting, TaughtBy, build, look_up
 from kdstudy.peers import Peers
 from kdstudy.recipe import Recipe
+from kdstudy.records import run_id
 from kdstudy.rivals import Rivals
 from kdstudy.schemes import Alone, Batch, Cast, Collaborative, Committee, Offline, Scheme, SelfTaught
 from kdstudy.snapshots import Snapshots
@@ -214,6 +213,11 @@ class RunSpec:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits."""
+        return run_id(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its result depends on, as its record says it."""
         identity = {
             "data": self.data_checksum,
             "held_out": self.held_out,
@@ -235,7 +239,7 @@ class RunSpec:
             identity["scheme_options"] = changed
         if self.partners:
             identity["partners"] = list(self.partners)
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return identity
 
     @property
     def teachers(self) -> "tuple[RunSpec, ...]":

@@ -7,9 +7,8 @@ device: losses and counts are summed there and copied to the host once an epoch.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from kdstudy.breakdown import part
-from kdstudy.checkpoint import load_checkpoint, save_checkpoint
+from kdstudy.checkpoint import BadFile, load_checkpoint, misfit, save_checkpoint
 from kdstudy.core import Phase, is_without_decay
 from kdstudy.data import Draws, ImageBank
 from kdstudy.evaluate import count_hits
+from kdstudy.graphs import make_state
 from kdstudy.recipe import Plateau, Recipe
 from kdstudy.schemes import Batch, Losses, Scheme, Turn
+from kdstudy.stopping import ShouldStop, Stopped, never, until
 
 # Raised by hand when a change may alter the outcome of a run: it is part of every run's id. A test compares tiny seeded
 # runs of every method with outcomes on file and fails if they move while this does not.
@@ -30,12 +31,26 @@ REVISION = 1
 
 PEER_STREAMS = 1000  # between the random streams of one peer's phases and the next peer's
 
+NUMBER = (int, float)
+STATE: dict[str, Any] = {  # how a checkpoint is made, as `checkpoint.misfit` reads it
+    "revision": int,
+    "run": str,
+    "position": {"phase": int, "epoch": int, "step": int},
+    "diverged": bool,
+    "scheme": {str: Tensor},
+    "optimisers": {str: {"state": dict, "param_groups": [{"params": [int], str: object}]}},
+    "rates": {str: NUMBER},
+    "sums": {"names": [str], "values": (Tensor, type(None))},
+    "plateau": {"best": NUMBER, "waited": int, "learning_rate": NUMBER},
+    "history": [{"phase": str, "epoch": int, "learning_rate": NUMBER, "train_accuracy": float, str: float}],
+    "seconds": NUMBER,
+    "sessions": [{"seconds": NUMBER, str: object}],
+    "made_by": {str: object},
+    "random": {"cpu": Tensor, str: Tensor},
+}
+
 HALF = {"bf16": torch.bfloat16, "fp32": None, "fp64": None}
 FULL = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
-
-
-class Stopped(Exception):
-    """Training was asked to stop; the checkpoint holds everything needed to go on."""
 
 
 class Diverged(Exception):
@@ -48,12 +63,18 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the loop shares with the outside: where to keep checkpoints, whom to tell, when to stop."""
+    """What the loop shares with the outside: where to keep checkpoints, whom to tell, when to stop.
+
+    `run` is the id of the run, by which another's checkpoint is known. `session` describes this sitting, in values that
+    JSON has.
+    """
 
     checkpoint: Path | None = None
     checkpoint_seconds: float = 60.0
     on_step: Callable[[float, str], None] = lambda epochs_done, text: None
-    should_stop: Callable[[], bool] = lambda: False
+    should_stop: ShouldStop = never
+    run: str = ""
+    session: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,7 +156,10 @@ class Training:
         self.position = Position()
         self.current: Current | None = None
         self.history: list[dict] = []
+        self.diverged: Diverged | None = None
         self.seconds = 0.0  # of training, over all sessions
+        self._earlier: list[dict[str, Any]] = []  # sessions
+        self._seconds_before = 0.0  # this session
         self.made_by: dict[str, Any] = {"runs": 1, "way": "in_turn", "graph": False}  # how its steps were last taken
         self._plateau = Plateau()
         for phase in self.phases:
@@ -162,39 +186,70 @@ class Training:
         Raises Diverged, or Stopped after writing the checkpoint.
         """
         clock = saved = time.monotonic()
+
+        def clock_on() -> float:
+            nonlocal clock
+            now = time.monotonic()
+            self.seconds, clock = self.seconds + now - clock, now
+            return now
+
         self.start()
         while not self.finished:
+            if self.diverged:
+                raise self.diverged
             self.begin_epoch()
             while self.position.step < self.current.steps:
                 self.begin_step()
                 self.step(self.batch(self.rows))
                 self.end_step()
-                now = time.monotonic()
-                self.seconds, clock = self.seconds + now - clock, now
+                now = clock_on()
                 stopped = self.surroundings.should_stop()
                 if stopped or now - saved > self.surroundings.checkpoint_seconds:
                     self.save()
                     saved = now
                 if stopped:
                     raise Stopped
-            self.end_epoch(self.tally().tolist())
-        self.seconds += time.monotonic() - clock
+            try:
+                tally = self.tally().tolist()
+            except Stopped:
+                clock_on()
+                self.save()
+                raise
+            self.end_epoch(tally)
+        clock_on()
         return self.history
 
     def start(self) -> None:
-        """Go to where the checkpoint stands, if there is one; otherwise prepare."""
+        """Go to where the checkpoint stands, if there is one; otherwise prepare.
+
+        Raises BadFile if the checkpoint cannot be one of this run, and Stopped, with nothing to keep, if asked to stop
+        while the scheme is looking at the images.
+        """
         torch.manual_seed(self.seed)  # dropout and the like; data has its own draws
         state = self._load()
         if state is None:
-            self.scheme.prepare(partial(self.bank.plain, self.recipe.batch))
+            self.scheme.prepare(self._plain_batches)
             self._enter_phase()
         else:
             self._restore(state)
+
+    def _plain_batches(self) -> Iterator[Tensor]:
+        return until(self.surroundings.should_stop, self.bank.plain(self.recipe.batch))
 
     @property
     def finished(self) -> bool:
         """Whether all phases are over."""
         return self.current is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train: it has finished or diverged."""
+        return self.finished or self.diverged is not None
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """The sittings of this run, the last one being this: what they were, and how many "seconds" each trained."""
+        return [*self._earlier, {**self.surroundings.session, "seconds": self.seconds - self._seconds_before}]
 
     @property
     def epochs_left(self) -> float:
@@ -331,8 +386,11 @@ class Training:
 
     def note(self, parts: Mapping[str, Tensor]) -> None:
         """Add a batch's sums to those of the epoch."""
+        sums = self.current.sums
+        if sums.values is not None and list(parts) != sums.names:
+            raise self._refusal(f"it sums {', '.join(sums.names)}, and the method has {', '.join(parts)}")
         with part("metrics"):
-            self.current.sums.add(parts)
+            sums.add(parts)
 
     def end_step(self) -> None:
         """Move on by a batch, and tell."""
@@ -343,8 +401,13 @@ class Training:
         self.surroundings.on_step(done + position.epoch + position.step / current.steps, text)
 
     def tally(self) -> Tensor:
-        """The epoch's sums and the hits in every watched set, one vector on the device for `end_epoch`."""
-        hits = [count_hits(self.scheme.deployed, bank) for bank in self.watch.values()]
+        """The epoch's sums and the hits in every watched set, one vector on the device for `end_epoch`.
+
+        Raises Stopped, on a CPU; nothing has changed then.
+        """
+        # on a GPU it does not take long, and is captured into a graph, which must be whole
+        should_stop = self.surroundings.should_stop if self.device.type == "cpu" else never
+        hits = [count_hits(self.scheme.deployed, bank, should_stop) for bank in self.watch.values()]
         return torch.cat([self.current.sums.values, *(count.double().view(1) for count in hits)])
 
     @property
@@ -364,8 +427,13 @@ class Training:
         row |= {f"{name}_accuracy": 100 * (count / len(bank)) for (name, bank), count in hits}
         self.history.append(row)
         if not all(map(math.isfinite, sums.values())):
-            raise Diverged(f"the loss is not finite in epoch {self.position.epoch} of {phase.name!r}", self.history)
+            self.diverged = self._divergence()
+            raise self.diverged
         self._move_on(row)
+
+    def _divergence(self) -> Diverged:
+        where = f"epoch {self.position.epoch} of {self.current.phase.name!r}"
+        return Diverged(f"the loss is not finite in {where}", self.history)
 
     def _move_on(self, row: Mapping[str, Any]) -> None:
         recipe = self.current.recipe
@@ -376,46 +444,113 @@ class Training:
             self._enter_phase()
 
     def save(self) -> None:
-        """Write the checkpoint, if there is a place for it."""
+        """Write the checkpoint, if there is a place for it; also of a run that has ended."""
         if self.surroundings.checkpoint is None:
             return
-        current = self.current
         state: dict[str, Any] = {
             "revision": REVISION,
+            "run": self.surroundings.run,
             "position": asdict(self.position),
+            "diverged": self.diverged is not None,
             "scheme": self.scheme.state_dict(),
-            "optimisers": {name: optimiser.state_dict() for name, optimiser in current.optimisers.items()},
-            "rates": current.rates,
-            "sums": {"names": current.sums.names, "values": current.sums.values},
+            "optimisers": {},
+            "rates": {},
+            "sums": {"names": [], "values": None},
             "plateau": asdict(self._plateau),
             "history": self.history,
             "seconds": self.seconds,
+            "sessions": self.sessions,
+            "made_by": self.made_by,
             "random": random_state(self.device),
         }
+        if current := self.current:
+            state["optimisers"] = {name: optimiser.state_dict() for name, optimiser in current.optimisers.items()}
+            state["rates"] = current.rates
+            state["sums"] = {"names": current.sums.names, "values": current.sums.values}
         save_checkpoint(state, self.surroundings.checkpoint)
 
     def _load(self) -> dict[str, Any] | None:
         if self.surroundings.checkpoint is None:
             return None
         state = load_checkpoint(self.surroundings.checkpoint, self.device)
-        return state if state and state.get("revision") == REVISION else None
+        if state is None or misfit(state.get("revision"), int) or state["revision"] != REVISION:
+            return None
+        # these were added later
+        return {"run": self.surroundings.run, "diverged": False, "sessions": [], "made_by": self.made_by} | state
 
     def _restore(self, state: dict[str, Any]) -> None:
+        self._check_state(state)
         self.position = Position(**state["position"])
         self.scheme.load_state_dict(state["scheme"])
         self._enter_phase()
-        for name, optimiser in self.current.optimisers.items():
-            kept = [group["lr"] for group in optimiser.param_groups]
-            optimiser.load_state_dict(state["optimisers"][name])
-            for group, rate in zip(optimiser.param_groups, kept, strict=True):
-                group["lr"] = rate  # a number or a tensor, as this session wants it
-            set_learning_rate(optimiser, state["rates"][name])
-        self.current.rates = state["rates"]
-        self.current.sums = Sums(**state["sums"])
+        if self.current:
+            self._check_phase_state(state)
+            self._restore_phase(state)
+        self.history, self.made_by, self._earlier = state["history"], state["made_by"], state["sessions"]
+        self.seconds = self._seconds_before = state["seconds"]
+        if state["diverged"]:
+            self.diverged = self._divergence()
+        try:
+            set_random_state(state["random"], self.device)
+        except RuntimeError as error:
+            raise self._refusal(f"its random numbers are none: {error}") from error
+
+    def _restore_phase(self, state: dict[str, Any]) -> None:
+        optimisers = self.current.optimisers
+        for name, optimiser in optimisers.items():
+            # in groups as this session wants them: learning rates may be numbers or tensors
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state["optimisers"][name]["state"]})
+        for name, rate in state["rates"].items():
+            set_learning_rate(optimisers[name], rate)
+        self.current.rates, self.current.sums = state["rates"], Sums(**state["sums"])
         self._plateau = Plateau(**state["plateau"])
-        self.history = state["history"]
-        self.seconds = state["seconds"]
-        set_random_state(state["random"], self.device)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise BadFile unless it is a state of this run, as this code writes it."""
+        self._refuse_if(misfit(state, STATE))
+        run, phase, last = state["run"], state["position"]["phase"], len(self.phases)
+        if run != self.surroundings.run:
+            raise self._refusal(f"it is of the run {run!r}, not {self.surroundings.run!r}")
+        if not 0 <= phase <= last or (phase == last and (state["diverged"] or state["optimisers"])):
+            raise self._refusal(f"it stands in phase {phase} of {last}")
+        self._refuse_if(misfit(state["scheme"], dict(self.scheme.state_dict()), "scheme"))
+        self._refuse_if(misfit(state["random"]["cpu"], torch.get_rng_state(), "random.cpu"))
+
+    def _check_phase_state(self, state: dict[str, Any]) -> None:
+        """The same for what belongs to the phase in which training stands."""
+        current, epoch, step = self.current, self.position.epoch, self.position.step
+        if not (0 <= epoch < current.recipe.epochs and 0 <= step <= current.steps):
+            raise self._refusal(f"it stands at step {step} of epoch {epoch}, beyond the end")
+        wanted = {name: _made_like(each, state["optimisers"].get(name)) for name, each in current.optimisers.items()}
+        self._refuse_if(misfit(state["optimisers"], wanted, "optimisers"))
+        for name, optimiser in current.optimisers.items():
+            if _grouped(state["optimisers"][name]) != _grouped(optimiser.state_dict()):
+                raise self._refusal(f"optimisers.{name} has other parameters")
+        rates, sums = state["rates"], state["sums"]
+        if set(rates) != set(wanted) and (step or rates):
+            raise self._refusal(f"it has learning rates of {sorted(rates)} instead of {sorted(wanted)}")
+        if step or sums["values"] is not None:
+            self._refuse_if(misfit(sums["values"], torch.zeros(len(sums["names"]), dtype=torch.float64), "sums.values"))
+        if step and "correct" not in sums["names"]:
+            raise self._refusal("sums.correct is absent")
+
+    def _refuse_if(self, wrong: str | None) -> None:
+        if wrong:
+            raise self._refusal(wrong)
+
+    def _refusal(self, what: str) -> BadFile:
+        path = self.surroundings.checkpoint
+        return BadFile(f"checkpoint {path} is none of this run: {what}; remove it to start the run anew")
+
+
+def position_of(state: Mapping[str, Any]) -> tuple[int, int, int]:
+    """At which phase, epoch and step a checkpoint's state stands: the greater of two is further.
+
+    Raises BadFile if the state does not say.
+    """
+    if wrong := misfit(state.get("position"), STATE["position"], "position"):
+        raise BadFile(f"a checkpoint does not say where it stands: {wrong}")
+    return astuple(Position(**state["position"]))
 
 
 def make_optimiser(parameters: Sequence[nn.Parameter], recipe: Recipe, rate: float | Tensor) -> torch.optim.Optimizer:
@@ -441,6 +576,18 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def _made_like(optimiser: torch.optim.Optimizer, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How an optimiser's state is made where those parameters have been stepped that have a state in what was found."""
+    make_state(optimiser)
+    stepped = found["state"] if found else ()
+    made = {number: each for number, each in optimiser.state_dict()["state"].items() if number in stepped}
+    return {"state": made, "param_groups": list}
+
+
+def _grouped(state: Mapping[str, Any]) -> list[list[int]]:
+    return [group["params"] for group in state["param_groups"]]
 
 
 def _parameter_groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

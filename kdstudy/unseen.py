@@ -20,9 +20,10 @@ from kdstudy.lesson import table
 from kdstudy.relations import spread
 from kdstudy.results import Ledger
 from kdstudy.schemes import Losses, Scheme, sample_batch
+from kdstudy.stopping import Stopped
 from kdstudy.study import SCHEMES, Planner, RunSpec
 from kdstudy.tables import BASELINE_STAGE, label
-from kdstudy.train import Stopped, Surroundings, Training
+from kdstudy.train import Surroundings, Training
 
 EXACT = "donot_use_mm_for_euclid_dist"  # products of bright images would round small distances away
 MOST = 200  # images of a kind that are measured

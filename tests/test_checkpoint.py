@@ -1,16 +1,37 @@
 """Weights and checkpoints come back bit for bit, or with a sentence that says which file is unusable and why."""
 
+import errno
+import hashlib
+import os
 import pickle
 import random
 import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from toy import CPU, clone, difference, tiny_net
 
-from kdstudy.checkpoint import BadFile, load_checkpoint, load_weights, save_checkpoint, save_weights
+from kdstudy.checkpoint import (
+    BadFile,
+    file_checksum,
+    load_checkpoint,
+    load_weights,
+    misfit,
+    previous_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+    save_weights,
+    told_if_full,
+)
+from kdstudy.logit_table import LogitTable
 
 
 @pytest.fixture
@@ -154,18 +175,265 @@ def test_code_in_a_checkpoint_is_never_run(path, write):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("save", [save_checkpoint, save_weights])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, save, monkeypatch):
-    def full_disk(content, target):
-        Path(target).write_bytes(b"half of")
-        raise OSError(28, "No space left on device")
+def write(save, path: Path, value: float) -> bytes:
+    """Save something of this value; returns the bytes that lie there."""
+    if save is save_weights:
+        network = tiny_net(0)
+        nn.init.constant_(network.classifier.bias, value)
+        save(network, path)
+    else:
+        save({"value": value, "tensor": torch.full((3,), value)}, path)
+    return path.read_bytes()
 
-    network = tiny_net(0)
-    save_weights(network, path) if save is save_weights else save_checkpoint({"a": 1}, path)
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["pathlib.Path.write_bytes", "os.fsync", "os.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize("save", [save_checkpoint, save_weights])
+def test_a_full_disk_is_told_in_words_and_leaves_the_files_as_they_were(path, save, where, monkeypatch):
+    for value in (1.0, 2.0):
+        write(save, path, value)
+    before = {each: each.read_bytes() for each in path.parent.iterdir()}
+
+    def full(*_, **__):
+        raise FULL
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        write(save, path, 3.0)
+    assert str(path.parent) in str(caught.value)
+    assert {each: each.read_bytes() for each in path.parent.iterdir()} == before
+
+
+def test_without_links_and_room_for_a_copy_both_stay_as_they_were(path, monkeypatch):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    before = {each: each.read_bytes() for each in path.parent.iterdir()}
+
+    def refuse(number, *_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", partial(refuse, errno.EPERM))
+    monkeypatch.setattr(shutil, "copyfile", partial(refuse, errno.ENOSPC))
+    with pytest.raises(OSError, match="the disk is full"):
+        write(save_checkpoint, path, 3.0)
+    assert {each: each.read_bytes() for each in path.parent.iterdir()} == before
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("needs a file system that may be mounted")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_full_indeed(small_disk):
+    path = small_disk / "run" / "checkpoint.pt"
+    weights, table = path.with_name("weights.safetensors"), path.with_name("table.safetensors")
+    save_weights(tiny_net(0), weights)
+    states = [{"tensor": torch.full((40_000,), float(number))} for number in range(3)]
+    for state in states[:2]:
+        save_checkpoint(state, path)
+    before = {each: each.read_bytes() for each in path.parent.iterdir()}
+    whole = LogitTable(torch.zeros(400_000, 1, 1, 1, 2, dtype=torch.float16), torch.float32, "float32")
+    for save in (
+        lambda: save_checkpoint({"tensor": torch.zeros(250_000)}, path),
+        lambda: save_weights(nn.Linear(1000, 1000), weights),
+        lambda: whole.save(table, teacher="t", data="d"),
+    ):
+        with pytest.raises(OSError, match=f"the disk is full.*{path.parent}"):
+            save()
+        assert {each: each.read_bytes() for each in path.parent.iterdir()} == before
+    assert difference(load_checkpoint(path, CPU), states[1]) is None
+    save_checkpoint(states[2], path)  # for which there is room
+    assert difference(load_checkpoint(path, CPU), states[2]) is None
+
+
+def test_errors_that_are_no_full_disk_stay_what_they_are(tmp_path):
+    for error in (OSError(errno.EACCES, "Permission denied"), SafetensorError("invalid"), ValueError("wrong")):
+        with pytest.raises(type(error)) as caught, told_if_full(tmp_path):
+            raise error
+        assert caught.value is error
+
+
+# the one before
+
+
+@pytest.fixture(params=["links", "no links"])
+def linking(request, monkeypatch):
+    if request.param == "no links":
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def torn(path: Path) -> None:
+    """Leave half of a file. It may be known under two names: the other is not touched."""
     raw = path.read_bytes()
-    monkeypatch.setattr(torch, "save", full_disk)
-    monkeypatch.setattr("kdstudy.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save(network if save is save_weights else {"a": 2}, path)
-    assert path.read_bytes() == raw
+    path.unlink()
+    path.write_bytes(raw[: len(raw) // 2])
+
+
+def value_in(path: Path) -> float:
+    return load_checkpoint(path, CPU)["value"]
+
+
+def test_the_one_before_is_kept_beside(path, linking):
+    for value in (1.0, 2.0, 3.0):
+        write(save_checkpoint, path, value)
+    assert {each.name for each in path.parent.iterdir()} == {"file.pt", "file.previous.pt"}
+    assert previous_checkpoint(path) == path.parent / "file.previous.pt"
+    assert (value_in(path), value_in(previous_checkpoint(path))) == (3.0, 2.0)
+
+
+def test_the_one_before_is_not_written_again(path):
+    write(save_checkpoint, path, 1.0)
+    number = path.stat().st_ino
+    write(save_checkpoint, path, 2.0)
+    assert previous_checkpoint(path).stat().st_ino == number != path.stat().st_ino
+
+
+def test_a_torn_one_is_told_of_and_the_one_before_taken(path, linking):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    torn(path)
+    left = {each: each.read_bytes() for each in path.parent.iterdir()}
+    with pytest.warns(UserWarning, match=re.escape(f"checkpoint {path} cannot be read: ")) as told:
+        assert value_in(path) == 1.0
+    assert str(previous_checkpoint(path)) in str(told[0].message)
+    assert {each: each.read_bytes() for each in path.parent.iterdir()} == left
+    write(save_checkpoint, path, 3.0)
+    assert value_in(path) == 3.0
+
+
+def test_two_torn_ones_are_refused_by_name(path):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    torn(path)
+    torn(previous_checkpoint(path))
+    wanted = f"checkpoint {path} cannot be read: .*; nor can {previous_checkpoint(path)}.* remove both to start"
+    with pytest.raises(BadFile, match=wanted):
+        load_checkpoint(path, CPU)
+
+
+def test_without_the_last_one_a_run_starts_anew_and_for_good(path):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    path.unlink()
+    assert load_checkpoint(path, CPU) is None
+    write(save_checkpoint, path, 3.0)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_both_are_removed_also_where_there_are_none(path):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    other = path.with_name("other.pt")
+    write(save_checkpoint, other, 1.0)
+    for _ in range(2):
+        remove_checkpoint(path)
+        assert list(path.parent.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("last_is_torn", [False, True])
+def test_at_every_moment_of_a_save_a_whole_one_is_on_disk(path, linking, last_is_torn, tmp_path, monkeypatch):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    if last_is_torn:
+        torn(path)
+    moments = []
+
+    def watched(owner, name):
+        usual = getattr(owner, name)
+
+        def call(*arguments, **named):
+            moments.append(shutil.copytree(path.parent, tmp_path / f"{len(moments)} before {name}"))
+            result = usual(*arguments, **named)
+            moments.append(shutil.copytree(path.parent, tmp_path / f"{len(moments)} after {name}"))
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    copyfile = shutil.copyfile  # which copies the folder, too
+    for owner, name in ((os, "link"), (os, "replace"), (os, "fsync"), (Path, "unlink"), (Path, "write_bytes")):
+        watched(owner, name)
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    write(save_checkpoint, path, 3.0)
+    assert len(moments) >= 12
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if last_is_torn else "error")
+        for moment in moments:
+            found.append(value_in(moment / path.name))
+    before = 1.0 if last_is_torn else 2.0
+    assert found == sorted(found) and set(found) == {before, 3.0}
+
+
+def test_a_file_for_which_there_is_no_memory_is_not_called_torn(path, monkeypatch):
+    for value in (1.0, 2.0):
+        write(save_checkpoint, path, value)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+
+        def load(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(type(error)):
+            load_checkpoint(path, CPU)
+
+
+# checksums and forms
+
+
+@pytest.mark.parametrize("size", [0, 1, 3_000_001])
+def test_a_files_checksum_is_that_of_its_bytes(tmp_path, size):
+    path, raw = tmp_path / "file", random.Random(size).randbytes(size)
+    path.write_bytes(raw)
+    assert file_checksum(path) == hashlib.sha256(raw).hexdigest()
+
+
+FORM = {"one": int, "both": (int, float), "nets": {str: torch.zeros(2)}, "rows": [{"name": str, str: float}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({}, None),
+        ({"both": 2.5, "nets": {}, "rows": []}, None),
+        ({"rows": [{"name": "x", "a": 1.0}, {"name": "y"}]}, None),
+        ({"one": 1.0}, "one is float, not int"),
+        ({"one": True}, "one is bool, not int"),
+        ({"both": "x"}, "both is str, not int or float"),
+        ({"more": 1}, "more is unknown"),
+        ({"nets": {"a": torch.zeros(3)}}, "nets.a is a tensor of float32 of shape (3,), not a tensor"),
+        (
+            {"nets": {"a": torch.zeros(2, dtype=torch.float64)}},
+            "nets.a is a tensor of float64 of shape (2,), not a tensor",
+        ),
+        ({"nets": {"a": [0.0, 0.0]}}, "nets.a is list, not a tensor of float32 of shape (2,)"),
+        ({"nets": {1: torch.zeros(2)}}, "nets.1 is unknown"),
+        ({"nets": []}, "nets is list, not dict"),
+        ({"rows": {}}, "rows is dict, not list"),
+        ({"rows": [{"name": "x"}, {}]}, "rows[1].name is absent"),
+        ({"rows": [{"name": "x", "a": 1}]}, "rows[0].a is int, not float"),
+    ],
+)
+def test_what_is_not_made_as_it_should_be_is_named(change, wrong):
+    found = misfit({"one": 1, "both": 1, "nets": {"a": torch.ones(2)}, "rows": []} | change, FORM)
+    assert found is None if wrong is None else found.startswith(wrong)
+
+
+def test_what_is_absent_is_named():
+    assert misfit({}, {"a": {"b": int}}, "state") == "state.a is absent"
+    assert misfit({"a": {}}, {"a": {"b": int}}, "state") == "state.a.b is absent"
+    assert misfit(None, int) and misfit(None, {"a": int}) and misfit(None, (int, type(None))) is None
+    assert misfit(torch.ones(1), object) is None

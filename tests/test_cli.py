@@ -42,7 +42,8 @@ def test_methods_for_readers_and_for_machines(capsys):
 
 
 def test_a_run_without_pipeline_and_what_is_finished_stays_so(folder):
-    words = ["run", "--setting", "digits", "--method", "kd", "--method", "ce", "--seed", "0"]
+    words = ["run", "--setting", "digits", "--stage", "response", "--seed", "0", "--order", "named"]
+    words += ["--method", "kd", "--method", "ce"]
     words += ["--set", "recipes.quick.epochs=1", "--set", "recipes.quick.milestones=[]", "--out", "elsewhere"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "kdstudy", *words]
@@ -50,13 +51,17 @@ def test_a_run_without_pipeline_and_what_is_finished_stays_so(folder):
     assert first.returncode == 0, first.stderr
     assert "took" in first.stderr
     assert not (folder / ".kdstudy").exists()
-    table = [line.split()[:3] for line in first.stdout.splitlines()[1:]]
-    assert table == [["kd", "tuning", "0"], ["kd", "tuning", "0"], ["kd", "final", "0"], ["ce", "final", "0"]]
-    assert (again.stdout, again.stderr) == (first.stdout, "")
+    *table, new = first.stdout.splitlines()[1:]
+    assert [line.split()[2:5] for line in table] == [
+        *[["kd", "tuning", "0"]] * 2,
+        *[["kd", "final", "0"], ["ce", "final", "0"]],
+    ]
+    assert new == "4 of the wanted runs are on record, 4 of them new"
+    assert (again.stdout, again.stderr) == (first.stdout.replace("4 of them new", "0 of them new"), "")
 
 
 def test_a_budget_stops_in_time_and_the_next_call_goes_on(folder, capsys):
-    words = ["run", "--setting", "digits", "--method", "ce", "--seed", "0", "--out", "elsewhere"]
+    words = ["run", "--setting", "digits", "--stage", "response", "--method", "ce", "--seed", "0", "--out", "elsewhere"]
     words += ["--set", "recipes.quick.epochs=60", "--set", "recipes.quick.milestones=[]"]
     started = time.monotonic()
     assert main([*words, "--budget", "2s"]) == 0
@@ -102,7 +107,7 @@ def test_a_mistake_is_answered_in_one_line(folder, words, message, capsys, monke
 
 def test_a_folder_that_cannot_be_written_is_named(folder, capsys):
     (folder / "elsewhere").write_text("a file where a folder should be")
-    assert main(["run", "--setting", "digits", "--out", "elsewhere"]) == 1
+    assert main(["run", "--setting", "digits", "--stage", "teacher", "--out", "elsewhere"]) == 1
     assert "elsewhere" in capsys.readouterr().err
 
 
@@ -114,10 +119,17 @@ def store_of(folder: str) -> dict[str, bytes]:
 
 
 def test_a_profiled_run_is_what_it_is_otherwise_and_leaves_trace_and_page(folder):
-    words = ["run", "--setting", "digits", "--method", "ce", "--seed", "0", "--set", "recipes.quick.epochs=3"]
-    words += ["--set", "recipes.quick.milestones=[]", "--set", "profiles.quick.workers=1"]
+    words = ["run", "--setting", "digits", "--stage", "response", "--method", "ce", "--seed", "0"]
+    words += [
+        "--set",
+        "recipes.quick.epochs=3",
+        "--set",
+        "recipes.quick.milestones=[]",
+        "--set",
+        "profiles.quick.workers=1",
+    ]
     assert main([*words, "--out", "plain"]) == 0
-    assert main([*words, "--out", "profiled", "--profile", "pages/first"]) == 0
+    assert main([*words, "--out", "profiled", "--trace", "pages/first"]) == 0
     assert store_of("profiled") == store_of("plain") != {}
     trace = json.loads(gzip.open("pages/first/trace.json.gz").read())
     steps = [event for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep") and event["ph"] == "X"]
@@ -125,7 +137,7 @@ def test_a_profiled_run_is_what_it_is_otherwise_and_leaves_trace_and_page(folder
     page = Path("pages/first/breakdown.md").read_text()
     assert "wrn_10_0.25, 1 at once: digits ce seed 0. 20 steps in a row" in page  # not the teacher, which comes first
     # all runs are on record: nothing is trained, and nothing is recorded
-    assert main([*words, "--out", "profiled", "--profile", "pages/second"]) == 0
+    assert main([*words, "--out", "profiled", "--trace", "pages/second"]) == 0
     assert not Path("pages/second").exists()
 
 

@@ -1,5 +1,6 @@
 """Runs that advance together are what they are alone, to the bit in turn, to rounding otherwise; sharing pays."""
 
+import functools
 import itertools
 import math
 import shutil
@@ -14,7 +15,7 @@ from test_methods import HYPERPARAMETERS, TEACHER, batch_of, make_scheme, networ
 from torch import nn
 from toy import clone, difference
 
-from kdstudy import engine, ways
+from kdstudy import engine, evaluate, ways
 from kdstudy.cohort import Cohort
 from kdstudy.core import Method, Phase, View
 from kdstudy.engine import BLOCK, ROUNDS, Choices, Engine
@@ -23,8 +24,9 @@ from kdstudy.logit_table import LogitTable
 from kdstudy.recipe import Recipe
 from kdstudy.response import SphericalKD, VanillaKD
 from kdstudy.schemes import Alone, Offline, Scheme
+from kdstudy.stopping import Stopped
 from kdstudy.study import METHODS, SCHEMES, build_method
-from kdstudy.train import Diverged, Stopped, Surroundings, Training
+from kdstudy.train import Diverged, Surroundings, Training
 
 BANK = toy_bank(50)
 
@@ -209,7 +211,7 @@ def test_stopped_and_resumed_equals_uninterrupted_together_or_apart(steps, tmp_p
 
     asked = itertools.count()
     with pytest.raises(Stopped):
-        Cohort(make(should_stop=lambda: next(asked) >= 7 * steps)).run()
+        Cohort(make(should_stop=lambda: next(asked) >= steps)).run()
     assert all(place.exists() for place in places)
     first, second = make(), make()
     Cohort(first[:3]).run()
@@ -237,12 +239,173 @@ def test_a_run_that_is_behind_catches_up_before_they_go_on_together(tmp_path, mo
 
 
 def test_a_stop_saves_all_that_are_unfinished_and_nothing_else(tmp_path):
-    members = in_turn([VanillaKD()] * 3, folder=tmp_path, should_stop=stop_after(12))
+    members = in_turn([VanillaKD()] * 3, folder=tmp_path, should_stop=stop_after(4))
     short = training_of(scheme_with(VanillaKD(), teacher()), tmp_path, {"epochs": 1})
     with pytest.raises(Stopped):
         Cohort([*members, short]).run()
     saved = [member.surroundings.checkpoint.exists() for member in (*members, short)]
     assert saved == [True, True, True, not short.finished]
+
+
+def test_all_are_asked_once_a_step_by_whoever_they_have_in_common():
+    asked = []
+    members = in_turn([VanillaKD()] * 3, should_stop=lambda: bool(asked.append("all")))
+    own = Surroundings(should_stop=lambda: bool(asked.append("one")))
+    members[1].surroundings = own
+    Cohort(members).run()
+    steps = 3 * math.ceil(50 / 16)
+    assert asked.count("all") == asked.count("one") == steps
+
+
+# left in an evaluation, or while its members' ends are dealt with
+
+
+@pytest.fixture
+def asked_often(monkeypatch):
+    """Evaluations of 20 images at a time, so that there is something between their batches."""
+    monkeypatch.setattr(evaluate, "logits_of", functools.partial(evaluate.logits_of, batch=20))
+
+
+def session(methods, folder, engine: Engine | None = None, stop_at: int | None = None, **options) -> list[Training]:
+    """Runs whose checkpoints are in a folder, trained until the end or until this question, whoever asks it."""
+    asks = itertools.count(1)
+    members = in_turn(methods, **options)
+
+    def should_stop() -> bool:
+        return next(asks) == stop_at
+
+    for number, member in enumerate(members):
+        member.surroundings = Surroundings(checkpoint=folder / f"{number}.pt", should_stop=should_stop)
+    cohort = Cohort(members, engine)
+    if stop_at:
+        with pytest.raises(Stopped):
+            cohort.run()
+    else:
+        cohort.run()
+    return members
+
+
+LEFT = [build_method("kd"), build_method("spherical"), build_method("activation_boundaries"), build_method("crd")]
+PLATEAU = {"schedule": "plateau", "epochs": 6, "milestones": (), "factor": 0.5, "learning_rate": 0.5}
+
+
+@pytest.mark.parametrize("changes", [{}, PLATEAU], ids=["step", "plateau"])
+def test_left_at_any_question_and_resumed_equals_uninterrupted(changes, tmp_path, asked_often):
+    expected = alone(LEFT, changes=changes)
+    asks = itertools.count()
+    whole = in_turn(LEFT, changes=changes, should_stop=lambda: bool(next(asks) < 0))
+    Cohort(whole).run()
+    questions, in_tallies = next(asks), 0
+    for stop_at in range(1, questions + 1, 9):
+        (folder := tmp_path / str(stop_at)).mkdir()
+        stopped = session(LEFT, folder, stop_at=stop_at, changes=changes)
+        # what is under way has been kept
+        under_way = [member.current is not None for member in stopped]
+        assert [(folder / f"{number}.pt").exists() for number in range(len(LEFT))] == under_way
+        in_tallies += any(each.position.step == each.current.steps for each in stopped if each.current)
+        for member, each in zip(session(LEFT, folder, changes=changes), expected, strict=True):
+            assert_alike(member, each)
+    assert in_tallies > 2
+
+
+@pytest.mark.parametrize("way", ["in_turn", "fused"])
+def test_a_replayed_run_is_left_in_an_evaluation(way, tmp_path, asked_often):
+    methods = [VanillaKD(), build_method("attention")]
+    options = {"capturable": True, "changes": {"epochs": 2, "milestones": (1,)}}
+    engine = Engine(way, graphs=True, capture=tape)
+    expected = in_turn(methods, **options)
+    Cohort(expected, engine).run()
+    steps = math.ceil(50 / 16)
+    # of the four questions of an evaluation, in which it is taken, rehearsed and recorded for both runs
+    for stop_at in (steps + 1, steps + 2, steps + 4, steps + 9, steps + 21, steps + 40):
+        (folder := tmp_path / str(stop_at)).mkdir()
+        stopped = session(methods, folder, engine, stop_at, **options)
+        for member in stopped:
+            assert member.position.step == member.current.steps and member.history == []
+            assert all(module.training for module in member.scheme.student.modules())
+        again = session(methods, folder, engine, **options)
+        for member, each in zip(again, expected, strict=True):
+            assert_alike(member, each)
+
+
+def test_members_who_are_prepared_are_kept_when_the_next_ones_preparation_is_left(tmp_path, monkeypatch):
+    methods = [build_method("spherical"), build_method("spherical", temperature=3.0), VanillaKD()]
+    calibrated = count_calls(monkeypatch, SphericalKD, "calibrate")
+    session(methods, tmp_path, stop_at=4)  # three questions between four batches, for each
+    assert len(calibrated) == 2
+    assert [(tmp_path / f"{number}.pt").exists() for number in range(3)] == [True, False, False]
+    again = session(methods, tmp_path)
+    assert len(calibrated) == 3
+    for member, each in zip(again, alone(methods), strict=True):
+        assert_alike(member, each)
+
+
+class Ends:
+    """Takes down who has ended with what; the first of them is left in the midst of it."""
+
+    def __init__(self, members: Sequence[Training], stops: bool):
+        self.members, self.stops, self.told = members, stops, {}
+
+    def __call__(self, member: Training, diverged: Diverged | None) -> None:
+        torch.rand(3)  # whoever deals with it may use random numbers
+        if self.stops:
+            raise Stopped
+        self.told[self.members.index(member)] = (diverged, member.seconds, len(member.sessions), member.made_by)
+
+
+@pytest.mark.parametrize("epochs", [3, 5])
+def test_a_member_that_has_ended_is_kept_if_dealing_with_it_is_left(epochs, tmp_path, monkeypatch):
+    methods = [build_method("crd"), build_method("kd", kd_weight=1e308), build_method("attention")]
+
+    def members(folder=tmp_path) -> list[Training]:
+        made = in_turn(methods, changes={"epochs": 3})
+        longer = training_of(scheme_with(build_method("crd"), teacher(), 5), changes={"epochs": epochs})
+        for number, member in enumerate([*made, longer]):
+            checkpoint = folder and folder / f"{number}.pt"
+            member.surroundings = Surroundings(checkpoint=checkpoint, session={"sitting": 1})
+        return [*made, longer]
+
+    expected = members(folder=None)
+    ends = Ends(expected, stops=False)
+    Cohort(expected, Engine(), ended=ends).run()
+    assert {number: bool(diverged) for number, (diverged, *_) in ends.told.items()} == {0: 0, 1: 1, 2: 0, 3: 0}
+    steps = count_calls(monkeypatch, Training, "step")
+    taken = []
+    for first_stops in (True, True, False):
+        resumed = members()
+        again = Ends(resumed, stops=first_stops)
+        if first_stops:
+            with pytest.raises(Stopped):
+                Cohort(resumed, ended=again).run()
+            taken.append(len(steps))
+        else:
+            Cohort(resumed, ended=again).run()
+    assert taken[0] == taken[1] > 0  # the second time it has ended from the first
+    assert again.told.keys() == ends.told.keys()
+    for number, (member, each) in enumerate(zip(resumed, expected, strict=True)):
+        assert str(member.history) == str(each.history)  # one has NaN in it
+        diverged, seconds, sessions, made_by = again.told[number]
+        assert str(diverged) == str(ends.told[number][0]) and sessions == 3 and seconds > 0
+        assert made_by["way"] == "in_turn" and made_by["runs"] >= 1
+        if number != 1:
+            assert_alike(member, each)
+
+
+def test_how_a_finished_member_was_made_is_known_after_a_stop(tmp_path):
+    def members() -> list[Training]:
+        made = in_turn(FUSED[:2], changes={"epochs": 1})
+        for number, member in enumerate(made):
+            member.surroundings = Surroundings(checkpoint=tmp_path / f"{number}.pt")
+        return made
+
+    def leave(member, diverged):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        Cohort(members(), Engine("fused"), ended=leave).run()
+    again = members()
+    Cohort(again, Engine("in_turn")).run()
+    assert [member.made_by for member in again] == [{"runs": 2, "way": "fused", "graph": False}] * 2
 
 
 def test_time_is_shared_out():
@@ -327,7 +490,7 @@ def test_a_fused_runs_checkpoint_holds_that_run_alone(tmp_path):
     sizes = []
     for count in (1, 6):
         (folder := tmp_path / str(count)).mkdir()
-        members = in_turn([VanillaKD()] * count, folder=folder, should_stop=stop_after(5 * count))
+        members = in_turn([VanillaKD()] * count, folder=folder, should_stop=stop_after(5))
         with pytest.raises(Stopped):
             Cohort(members, Engine("fused")).run()
         sizes.append(members[0].surroundings.checkpoint.stat().st_size)
@@ -425,11 +588,35 @@ def test_a_replayed_run_is_stopped_and_resumed_exactly(steps, tmp_path):
         return members
 
     with pytest.raises(Stopped):
-        session(stop_after(2 * steps))
+        session(stop_after(steps))
     expected = in_turn(methods, capturable=True)
     Cohort(expected).run()
     for member, each in zip(session(), expected, strict=True):
         assert_alike(member, each)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+@pytest.mark.parametrize("first", [False, True], ids=["then replayed", "first replayed"])
+def test_a_run_goes_on_replayed_or_not_whatever_it_was_before(first, optimiser, tmp_path):
+    changes = {"optimiser": optimiser, "learning_rate": 0.01, "schedule": "cosine", "milestones": ()}
+
+    def member(capturable: bool, **options) -> Training:
+        made = training_of(scheme_with(VanillaKD(), teacher()), capturable=capturable, changes=changes)
+        made.surroundings = Surroundings(**options)
+        return made
+
+    engines = {False: Engine(), True: CAPTURED}
+    with pytest.raises(Stopped):
+        stopped = member(first, checkpoint=tmp_path / "checkpoint.pt", should_stop=stop_after(5))
+        Cohort([stopped], engines[first]).run()
+    again, expected = member(not first, checkpoint=tmp_path / "checkpoint.pt"), member(False)
+    again.start()
+    (group,) = again.current.optimisers["distil"].param_groups
+    assert isinstance(group["lr"], torch.Tensor) != first
+    Cohort([again], engines[not first]).run()
+    assert again.made_by["graph"] != first
+    Cohort([expected]).run()
+    assert_close(again, expected, 1e-6)  # a learning rate on a device has single precision
 
 
 # measured

@@ -16,7 +16,8 @@ from kdstudy.data import ImageBank
 from kdstudy.models import build_model
 from kdstudy.recipe import Recipe
 from kdstudy.schemes import Batch, Offline
-from kdstudy.train import Stopped, Surroundings, Training
+from kdstudy.stopping import Stopped
+from kdstudy.train import Surroundings, Training
 
 precisions = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 V_S, V_T = [[1.0, 2.0], [2.0, -1.0]], [[1.0, 0.0], [1.0, 3.0]]

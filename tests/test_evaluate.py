@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import clone, difference, make_bank, pictures, tiny_net
 
-from kdstudy.evaluate import calibration_error, logits_of, score
+from kdstudy.evaluate import calibration_error, count_hits, logits_of, score
+from kdstudy.stopping import Stopped
 
 
 def random_case(images: int = 400, classes: int = 5, scale: float = 2.0):
@@ -105,3 +106,31 @@ def test_evaluation_leaves_no_trace():
     assert {name: module.training for name, module in network.named_modules()} == modes
     assert difference(clone(network.state_dict()), state) is None
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(("batch", "stop_at"), [(4, 1), (4, 2), (1, 10)])
+def test_an_evaluation_is_left_between_two_batches_and_leaves_no_trace(batch, stop_at):
+    network, looks, asked = tiny_net(0, dropout=0.5).train(), [], []
+    network.norm.eval()
+    modes = {name: module.training for name, module in network.named_modules()}
+    network.register_forward_hook(lambda *_: looks.append(torch.is_grad_enabled()))
+    with pytest.raises(Stopped):
+        logits_of(network, make_bank(*pictures(11)), batch, lambda: asked.append(1) or len(asked) == stop_at)
+    assert looks == [False] * stop_at  # one before each question
+    assert {name: module.training for name, module in network.named_modules()} == modes
+    assert torch.is_grad_enabled()
+
+
+def test_whoever_has_but_one_batch_left_is_not_asked():
+    network, asked = tiny_net(0), []
+    logits = logits_of(network, make_bank(*pictures(11)), 4, lambda: bool(asked.append(1)))
+    assert len(asked) == 2 and torch.equal(logits, logits_of(network, make_bank(*pictures(11)), 4))
+    logits_of(network, make_bank(*pictures(11)), 11, lambda: pytest.fail("asked"))
+
+
+def test_hits_are_counted_and_the_count_can_be_left():
+    bank = make_bank(*pictures(1100, size=(2, 2)))
+    network = tiny_net(0)
+    assert count_hits(network, bank) == (logits_of(network, bank).argmax(dim=1) == bank.labels).sum() > 0
+    with pytest.raises(Stopped):
+        count_hits(network, bank, lambda: True)

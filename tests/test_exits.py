@@ -20,7 +20,8 @@ from kdstudy.heads import Exit
 from kdstudy.models import count_parameters
 from kdstudy.recipe import Recipe
 from kdstudy.schemes import Offline
-from kdstudy.train import Stopped, Surroundings, Training
+from kdstudy.stopping import Stopped
+from kdstudy.train import Surroundings, Training
 
 STUDENT, TEACHER = "wrn_10_0.25", "wrn_10_0.5"
 HEADS_T = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toy import CPU
 
 from kdstudy import memory
-from kdstudy.memory import bytes_kept, free_bytes, keep_freed_memory
+from kdstudy.memory import bytes_kept, free_bytes, is_out_of_memory, keep_freed_memory
 
 
 def test_what_a_product_keeps_is_its_factors():
@@ -51,7 +51,34 @@ def test_what_is_free_is_what_linux_says(tmp_path, monkeypatch):
     file = tmp_path / "meminfo"
     file.write_text("MemTotal:  65775104 kB\nMemFree:  4711 kB\nMemAvailable:    1234567 kB\nHugePages_Total:  0\n")
     monkeypatch.setattr(memory, "AVAILABLE", file)
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "absent")
     assert free_bytes(CPU) == 1234567 * 1024
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("max", 1234567 * 1024), ("1000000", 1000000 - 700000 + 2000), ("9" * 15, 1234567 * 1024)]
+)
+def test_a_container_may_have_less(limit, free, tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:  65775104 kB\nMemAvailable:    1234567 kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 4\ninactive_file 2000\nactive_file 8\n")
+    monkeypatch.setattr(memory, "AVAILABLE", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path)
+    assert free_bytes(CPU) == free
+
+
+def test_what_says_that_memory_is_short_is_known_from_other_errors():
+    with pytest.raises((RuntimeError, MemoryError)) as found:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert is_out_of_memory(found.value)
+    with pytest.raises(MemoryError) as found:
+        bytearray(2**55)
+    assert is_out_of_memory(found.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    with pytest.raises(RuntimeError) as found:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not is_out_of_memory(found.value) and not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_where_the_system_does_not_say_it_is_half_of_all(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The loop against one written out in plain PyTorch; stops, kills and resumes; faults; no waiting in an epoch."""
 
+import itertools
 import math
 import os
 import signal
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from test_methods import HYPERPARAMETERS, OPTIONS, OTHER_STUDENTS, OTHER_TEACHERS, PARTNERS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,14 +43,16 @@ from toy import (
     tiny_teacher,
 )
 
-from kdstudy.checkpoint import BadFile, load_checkpoint, save_checkpoint
+from kdstudy import evaluate, train
+from kdstudy.checkpoint import BadFile, load_checkpoint, remove_checkpoint, save_checkpoint
 from kdstudy.core import Phase
 from kdstudy.data import Draws
 from kdstudy.models import Ensemble, build_model
 from kdstudy.response import SphericalKD, VanillaKD
 from kdstudy.schemes import Cast, Losses, Scheme, Turn, sample_batch
+from kdstudy.stopping import Stopped, never
 from kdstudy.study import METHODS, SCHEMES, scheme_of
-from kdstudy.train import Diverged, Stopped, Training
+from kdstudy.train import Diverged, Training, position_of
 
 
 def literal_loss(method, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -187,7 +192,7 @@ from test_train import new_run
 folder = Path(sys.argv[1])
 torch.set_num_threads(int(sys.argv[3]))
 torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports the rest of torch
-save = torch.save
+write = Path.write_bytes
 
 def train(where, count):
     def die_at(place):
@@ -199,19 +204,19 @@ def train(where, count):
         if die_at("step"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_or_die(state, path):
+    def write_or_die(path, content):
         if die_at("write"):
-            Path(path).write_bytes(b"PK half a checkpoint")
+            write(path, bytes(content)[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        save(state, path)
+        write(path, content)
 
-    torch.save = save_or_die
+    Path.write_bytes = write_or_die
     scheme, recipe = new_run(sys.argv[2])
     training = toy.make_training(
         scheme, recipe, checkpoint=folder / "checkpoint.pt", checkpoint_seconds=0.0, on_step=on_step
     )
     training.run()
-    save({"history": training.history, "state": scheme.state_dict()}, folder / "outcome.pt")
+    torch.save({"history": training.history, "state": scheme.state_dict()}, folder / "outcome.pt")
 
 for where, count in (("step", int(sys.argv[4])), ("write", int(sys.argv[5])), ("nowhere", 0)):
     child = os.fork()
@@ -233,9 +238,9 @@ def test_killed_in_an_epoch_and_in_a_write_equals_uninterrupted(name, steps, ste
     threads = torch.get_num_threads()
     command = [sys.executable, "-c", KILLED, *map(str, (tmp_path, name, threads, step, write))]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    # each step has a checkpoint: killed in one step, then in the write of a later one, which leaves half a file beside
-    # the checkpoint; the third process finishes
-    assert printed.split() == [str(-signal.SIGKILL), "1", str(-signal.SIGKILL), "2", "0", "3"]
+    # each step has a checkpoint, and the one before is kept: killed in one step, then in the write of a later one,
+    # which leaves half a file beside both, and what was to be the one before; the third process finishes
+    assert printed.split() == [str(-signal.SIGKILL), "2", str(-signal.SIGKILL), "4", "0", "5"]
     whole = run_session(*new_run(name))
     assert whole.steps == steps
     found = torch.load(tmp_path / "outcome.pt", weights_only=True)
@@ -285,6 +290,156 @@ def test_the_teacher_is_measured_once_however_often_a_run_is_resumed(tmp_path, m
     assert len(measured) == 1
 
 
+def test_sessions_are_kept_with_what_they_were_and_took(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    hosts = ("first", "second", "third")
+    for number, host in enumerate(hosts):
+        asks = itertools.count(1)
+        training = make_training(
+            make_scheme(Plain()),
+            make_recipe(),
+            checkpoint=checkpoint,
+            session={"host": host, "cores": [number]},
+            should_stop=lambda asks=asks, last=host == "third": next(asks) == 2 and not last,
+        )
+        assert training.sessions == [{"host": host, "cores": [number], "seconds": 0.0}]
+        if host != "third":
+            with pytest.raises(Stopped):
+                training.run()
+            assert load_checkpoint(checkpoint, CPU)["sessions"] == training.sessions
+    training.run()
+    assert [session["host"] for session in training.sessions] == list(hosts)
+    assert [session["cores"] for session in training.sessions] == [[0], [1], [2]]
+    assert all(session["seconds"] > 0 for session in training.sessions)
+    assert sum(session["seconds"] for session in training.sessions) == pytest.approx(training.seconds)
+
+
+# leaving at any question
+
+
+@pytest.fixture
+def asked_often(monkeypatch):
+    """Evaluations of seven images at a time, so that there is something between their batches."""
+    monkeypatch.setattr(evaluate, "logits_of", partial(evaluate.logits_of, batch=7))
+
+
+def asked_session(name: str, checkpoint: Path | None = None, stop_at: int | None = None) -> tuple[Training, bool, int]:
+    """A session that is stopped at this question, whoever asks it; whether it was, and how many were asked."""
+    scheme, recipe = new_run(name)
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == stop_at
+
+    training = make_training(scheme, recipe, checkpoint=checkpoint, should_stop=should_stop)
+    try:
+        training.run()
+    except Stopped:
+        return training, True, asked
+    return training, False, asked
+
+
+def outcome_of(training: Training) -> dict:
+    return {"history": training.history, "state": clone(training.scheme.state_dict())}
+
+
+@pytest.mark.parametrize("name", [*RUNS, "snapshot", "mutual", "okddip", "zero_shot", "crd", "few_sample"])
+def test_stopped_at_any_question_and_resumed_equals_uninterrupted(name, tmp_path, asked_often):
+    whole, stopped, questions = asked_session(name)
+    assert not stopped
+    evaluations = len(whole.history) * (4 + 5)  # between 5 batches of the test images and 6 of the held-out ones
+    steps = run_session(*new_run(name)).steps
+    prepared = (math.ceil(IMAGES / 8) - 1) if name in ("measured teacher", "two phases", "two phases, plateau") else 0
+    assert questions == evaluations + steps + (2 if name == "few_sample" else prepared)
+    for stop_at in range(1, questions + 1, 1 if name in ("cross-entropy", "two phases") else 5):
+        checkpoint = tmp_path / f"{stop_at}.pt"
+        first, stopped, asked = asked_session(name, checkpoint, stop_at)
+        assert stopped and asked == stop_at
+        assert checkpoint.exists() == bool(first.current)  # nothing is known before the first phase
+        torch.rand(stop_at)
+        second, stopped, asked = asked_session(name, checkpoint)
+        assert not stopped and asked + stop_at >= questions
+        assert difference(outcome_of(second), outcome_of(whole)) is None, f"stopped at question {stop_at}"
+
+
+@pytest.mark.usefixtures("asked_often")
+def test_stopped_in_an_evaluation_no_step_is_taken_again(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    steps, told = 3, []
+    for stop_at in (steps + 1, 1, 4 + 5):  # in the first evaluation, there again, and at its last question
+        first, stopped, asked = asked_session("cross-entropy", checkpoint, stop_at)
+        assert stopped and asked == stop_at
+        assert position_of(load_checkpoint(checkpoint, CPU)) == (0, 0, steps) and first.history == []
+    scheme, recipe = new_run("cross-entropy")
+    make_training(scheme, recipe, checkpoint=checkpoint, on_step=lambda done, text: told.append(text)).run()
+    assert told == ["distil epoch 2/2"] * steps
+    assert difference(clone(scheme.state_dict()), outcome_of(asked_session("cross-entropy")[0])["state"]) is None
+
+
+def test_an_evaluation_on_another_device_is_not_asked_about(monkeypatch):
+    training = make_training(make_scheme(Plain()), make_recipe(), should_stop=lambda: pytest.fail("asked"))
+    training.start()
+    training.begin_epoch()
+    training.begin_step()
+    training.step(training.batch(training.rows))
+    asks = []
+    usual = train.count_hits
+    monkeypatch.setattr(train, "count_hits", lambda *rest: asks.append(rest[2]) or usual(*rest[:2]))
+    training.tally()
+    training.device = torch.device("cuda")
+    training.tally()
+    assert asks == [training.surroundings.should_stop] * 2 + [never] * 2
+
+
+# ends that are kept
+
+
+@pytest.mark.parametrize("name", ["two phases", "two phases, plateau", "snapshot", "few_sample"])
+def test_a_finished_run_is_kept_and_is_finished_at_once(name, tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    scheme, recipe = new_run(name)
+    whole = make_training(scheme, recipe, checkpoint=checkpoint)
+    whole.run()
+    whole.made_by = {"runs": 3, "way": "fused", "graph": True}
+    whole.save()
+    again = make_training(*new_run(name), checkpoint=checkpoint, on_step=lambda *_: pytest.fail("a step"))
+    again.start()
+    assert again.finished and again.ended and not again.diverged
+    assert (again.made_by, again.seconds) == (whole.made_by, whole.seconds)
+    assert again.run() == whole.history
+    assert difference(outcome_of(again), outcome_of(whole)) is None
+    assert position_of(load_checkpoint(checkpoint, CPU)) == (len(whole.phases), 0, 0)
+    again.save()  # and once more
+    third = make_training(*new_run(name), checkpoint=checkpoint)
+    assert third.run() == whole.history and len(third.sessions) == 3
+
+
+def test_a_diverged_run_is_kept_with_its_history(tmp_path):
+    def training():
+        recipe = make_recipe(milestones=(1,), factor=1e250)
+        return make_training(make_scheme(Plain()), recipe, checkpoint=tmp_path / "checkpoint.pt")
+
+    first = training()
+    with pytest.raises(Diverged) as caught:
+        first.run()
+    assert first.diverged is caught.value and first.ended and not first.finished
+    first.save()
+    again = training()
+    again.start()
+    assert again.ended and not again.finished
+    with pytest.raises(Diverged) as same:
+        again.run()
+    assert str(same.value) == str(caught.value)
+    assert [list(row) for row in same.value.history] == [list(row) for row in caught.value.history]
+    assert str(same.value.history) == str(caught.value.history) == str(again.history)  # NaN is not itself
+    assert len(again.history) == 2
+
+
+# checkpoints of something else
+
+
 def test_a_checkpoint_of_another_revision_is_ignored(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint.pt"
     whole = session_of("two phases")
@@ -295,12 +450,231 @@ def test_a_checkpoint_of_another_revision_is_ignored(tmp_path, monkeypatch):
     assert difference(again.outcome, whole.outcome) is None
 
 
-def test_a_torn_checkpoint_stops_the_run_by_name(tmp_path):
+def test_a_torn_checkpoint_stops_the_run_by_name_if_there_is_none_before(tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     session_of("cross-entropy", checkpoint, stop_after=2)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(BadFile, match=f"checkpoint {checkpoint} cannot be read"):
         session_of("cross-entropy", checkpoint)
+
+
+def test_after_a_torn_checkpoint_a_run_goes_on_from_the_one_before(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = session_of("two phases")
+    session_of("two phases", checkpoint, stop_after=12, checkpoint_seconds=0.0)
+    raw = checkpoint.read_bytes()
+    checkpoint.unlink()
+    checkpoint.write_bytes(raw[:-100])
+    with pytest.warns(UserWarning, match=f"checkpoint {checkpoint} cannot be read"):
+        second = session_of("two phases", checkpoint)
+    assert second.steps == whole.steps - 11
+    assert difference(second.history, whole.history) is None and difference(second.state, whole.state) is None
+
+
+def test_a_checkpoint_from_before_there_were_sessions_is_taken(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = session_of("two phases")
+    first = session_of("two phases", checkpoint, stop_after=13)
+    state = load_checkpoint(checkpoint, CPU)
+    for name in ("run", "diverged", "sessions", "made_by"):
+        del state[name]
+    save_checkpoint(state, checkpoint)
+    training = make_training(*new_run("two phases"), checkpoint=checkpoint, run="any", session={"host": "here"})
+    training.run()
+    assert difference(outcome_of(training), {"history": whole.history, "state": whole.state}) is None
+    assert [session.get("host") for session in training.sessions] == ["here"] and first.stopped
+
+
+def refused(checkpoint: Path, training: Training) -> str:
+    """With which words a training refuses a checkpoint, which stays as it is."""
+    before = {each: each.read_bytes() for each in checkpoint.parent.iterdir()}
+    with pytest.raises(BadFile) as caught:
+        training.run()
+    assert {each: each.read_bytes() for each in checkpoint.parent.iterdir()} == before
+    head, tail = f"checkpoint {checkpoint} is none of this run: ", "; remove it to start the run anew"
+    words = str(caught.value)
+    assert words.startswith(head) and words.endswith(tail)
+    return words.removeprefix(head).removesuffix(tail)
+
+
+class Renamed(Plain):
+    """The same losses under another name."""
+
+    def objective(self, *views):
+        (term,) = super().objective(*views).values()
+        return {"loss": term}
+
+
+class Elsewhere(Plain):
+    """The same in a phase of another name."""
+
+    def phases(self):
+        return (Phase("elsewhere", self.objective),)
+
+
+class Longer(TwoPhases):
+    """Two phases, and one more between them."""
+
+    def phases(self):
+        first, last = super().phases()
+        return first, Phase("between", last.objective, last.trains), last
+
+
+def test_a_checkpoint_of_another_run_or_of_other_code_is_refused_by_name(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    recipe = make_recipe()
+
+    def training(scheme=None, changes=None, run="one", **options):
+        scheme, changed = scheme or make_scheme(Plain()), make_recipe(**changes or {})
+        return make_training(scheme, changed, checkpoint=checkpoint, run=run, **options)
+
+    asks = itertools.count(1)
+    with pytest.raises(Stopped):
+        training(should_stop=lambda: next(asks) == 4).run()  # in the second epoch
+    others = {
+        "it is of the run 'one', not 'another'": training(run="another"),
+        "scheme.student.layer.weight is a tensor of float64 of shape (3, 2, 3, 3), not a tensor of float64 of shape "
+        "(4, 2, 3, 3)": training(make_scheme(Plain(), student=tiny_net(0, 4))),
+        "scheme.adapters.regressor.weight is absent": training(make_scheme(TwoPhases())),
+        "it stands at step 1 of epoch 1, beyond the end": training(changes={"epochs": 1, "milestones": ()}),
+        "optimisers.distil.state.0.step is absent": training(changes={"optimiser": "adam"}),
+        "optimisers.elsewhere is absent": training(make_scheme(Elsewhere())),
+        "it sums ce, correct, and the method has loss, correct": training(make_scheme(Renamed())),
+    }
+    for words, other in others.items():
+        assert refused(checkpoint, other) == words
+    assert training().run() == make_training(make_scheme(Plain()), recipe).run()
+
+
+def test_a_checkpoint_of_a_phase_that_there_is_not_is_refused(tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    run_session(make_scheme(Longer()), make_recipe(), checkpoint, stop_after=22)
+    other = make_training(make_scheme(TwoPhases()), make_recipe(), checkpoint=checkpoint)
+    assert refused(checkpoint, other) == "it stands in phase 2 of 2"  # where there is no third one, none is over
+    state = load_checkpoint(checkpoint, CPU)
+    for phase in (3, -1):
+        save_checkpoint(state | {"position": {"phase": phase, "epoch": 0, "step": 0}}, checkpoint)
+        other = make_training(make_scheme(TwoPhases()), make_recipe(), checkpoint=checkpoint)
+        assert refused(checkpoint, other) == f"it stands in phase {phase} of 2"
+
+
+def test_where_a_checkpoint_stands_can_be_compared(tmp_path):
+    places = []
+    for stop in (1, 5, 6, 10, 12, 19):
+        checkpoint = tmp_path / f"{stop}.pt"
+        session_of("two phases", checkpoint, stop_after=stop)
+        places.append(position_of(load_checkpoint(checkpoint, CPU)))
+    assert places == [(0, 0, 1), (0, 0, 5), (0, 1, 1), (0, 1, 5), (1, 0, 2), (1, 2, 3)] == sorted(places)
+    for wrong in ({}, {"position": None}, {"position": {"phase": 0, "epoch": 0}}, {"position": {"phase": 0.0}}):
+        with pytest.raises(BadFile, match="does not say where it stands: position"):
+            position_of(wrong)
+
+
+# states in which something is of a wrong kind
+
+
+def places_in(value, place=()) -> list[tuple]:
+    """The way to every value in nested dicts and lists."""
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    else:
+        return [place]
+    return [place, *(way for key, part in inner for way in places_in(part, (*place, key)))]
+
+
+JUNK = [None, True, 3, -1, 2.5, "x", [], [1], {}, {"x": 1}, torch.zeros(2), torch.zeros(2, dtype=torch.int64)]
+NUMBERS = (int, float)
+
+
+def is_of_another_kind(junk, value) -> bool:
+    if isinstance(junk, Tensor) and isinstance(value, Tensor):
+        return (junk.dtype, junk.shape) != (value.dtype, value.shape)
+    return type(junk) is not type(value) and not (type(junk) in NUMBERS and type(value) in NUMBERS)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """States of a run of two phases in the middle of either, before an evaluation and at the end; and its outcome."""
+    checkpoint, states = tmp_path_factory.mktemp("interrupted") / "checkpoint.pt", []
+    for stop in (3, 10, 13):
+        session_of("two phases", checkpoint, stop_after=stop)
+        states.append(load_checkpoint(checkpoint, CPU))
+        remove_checkpoint(checkpoint)
+    whole = make_training(*new_run("two phases"), checkpoint=checkpoint)
+    whole.run()
+    whole.save()
+    return checkpoint, [*states, load_checkpoint(checkpoint, CPU)], outcome_of(whole)
+
+
+MIDDLE, BEFORE_END, END = 0, 1, 3  # of the states
+ONE, TWO = torch.zeros(1, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("stands", "way", "value", "words"),
+    [
+        (MIDDLE, ("random", "cpu"), torch.zeros(5000), "random.cpu is a tensor of float32 of shape (5000,), not"),
+        (MIDDLE, ("random", "cpu"), torch.zeros(3, dtype=torch.uint8), "random.cpu is a tensor of uint8 of shape (3,)"),
+        (MIDDLE, ("random", "cpu"), torch.zeros_like(torch.get_rng_state()), "its random numbers are none: "),
+        (MIDDLE, ("optimisers", "regress", "param_groups", 0, "params"), [1, 0], "optimisers.regress has other param"),
+        (MIDDLE, ("optimisers",), {}, "optimisers.regress is absent"),
+        (MIDDLE, ("rates",), {}, "it has learning rates of [] instead of ['regress']"),
+        (MIDDLE, ("rates",), {"regress": 0.3, "x": 0.1}, "it has learning rates of ['regress', 'x'] instead"),
+        (MIDDLE, ("sums",), {"names": [], "values": None}, "sums.values is NoneType, not a tensor of float64 of shape"),
+        (MIDDLE, ("sums", "values"), ONE, "sums.values is a tensor of float64 of shape (1,), not"),
+        (BEFORE_END, ("sums",), {"names": ["regress", "x"], "values": TWO}, "sums.correct is absent"),
+        (BEFORE_END, ("position", "step"), 6, "it stands at step 6 of epoch 1, beyond the end"),
+        (MIDDLE, ("position", "step"), -1, "it stands at step -1 of epoch 0, beyond the end"),
+        (MIDDLE, ("position", "epoch"), 2, "it stands at step 3 of epoch 2, beyond the end"),
+        (MIDDLE, ("position", "epoch"), -1, "it stands at step 3 of epoch -1, beyond the end"),
+        (END, ("diverged",), True, "it stands in phase 2 of 2"),
+        (MIDDLE, ("position", "phase"), 2, "it stands in phase 2 of 2"),
+    ],
+)
+def test_a_state_that_does_not_fit_together_is_refused_by_name(stands, way, value, words, interrupted):
+    checkpoint, states, _ = interrupted
+    holder = state = clone(states[stands])
+    for key in way[:-1]:
+        holder = holder[key]
+    holder[way[-1]] = value
+    remove_checkpoint(checkpoint)
+    save_checkpoint(state, checkpoint)
+    assert refused(checkpoint, make_training(*new_run("two phases"), checkpoint=checkpoint)).startswith(words)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_state_of_wrong_kinds_is_refused_or_ends_alike(data, interrupted):
+    checkpoint, states, outcome = interrupted
+    state = clone(data.draw(st.sampled_from(states), label="state"))
+    top = data.draw(st.sampled_from(sorted(state)), label="part")
+    way = data.draw(st.sampled_from(places_in(state[top], (top,))), label="way")
+    holder = state
+    for key in way[:-1]:
+        holder = holder[key]
+    old = holder[way[-1]]
+    change = data.draw(st.sampled_from(["replace", "remove", "add"]), label="change")
+    if change == "add" and isinstance(old, dict):
+        old["surplus"] = data.draw(st.sampled_from(JUNK), label="junk")
+    elif change == "remove" and isinstance(holder, dict):
+        assume(way[-1] not in ("ce", "regress"))  # only the method knows what its terms were
+        del holder[way[-1]]
+    else:
+        junk = [each for each in JUNK if is_of_another_kind(each, old)]
+        holder[way[-1]] = data.draw(st.sampled_from(junk), label="junk")
+    remove_checkpoint(checkpoint)
+    save_checkpoint(state, checkpoint)
+    raw = checkpoint.read_bytes()
+    training = make_training(*new_run("two phases"), checkpoint=checkpoint)
+    try:
+        training.run()
+    except BadFile as error:
+        assert str(checkpoint) in str(error) and "remove it" in str(error)
+        assert checkpoint.read_bytes() == raw
+        return
+    assert difference(outcome_of(training), outcome) is None
 
 
 @pytest.mark.parametrize(("milestones", "factor", "epochs"), [((), 0.2, 1), ((1,), 1e250, 2)])

@@ -17,7 +17,8 @@ from kdstudy.core import Method, Phase, View
 from kdstudy.data import ImageBank
 from kdstudy.recipe import Recipe
 from kdstudy.schemes import Alone, Batch, Offline, Scheme
-from kdstudy.train import FULL, Stopped, Surroundings, Training
+from kdstudy.stopping import Stopped
+from kdstudy.train import FULL, Surroundings, Training
 
 CLASSES = 3
 IMAGES = 22  # three steps of 8, the last one odd
