@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup study thesis tables test lint fmt lock readme clean
+.PHONY: help setup study thesis tables test faults verify lint fmt lock readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -45,6 +45,12 @@ tables: $(READY) ## tables and report of the thesis profile from the records at 
 
 test: $(READY) ## all tests
 	@python -m pytest -q -n auto --dist loadfile
+
+faults: $(READY) ## kill the quick profile 100 times and break it in every other way; reports/faults says what came of it
+	@python -m tests.faults --kills 100 --work .kdstudy/faults --out reports/faults
+
+verify: $(READY) ## check all results on record against records and tables
+	@python -m kdstudy verify
 
 lint: $(READY) ## style of code and notebooks
 	@ruff check .

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return notebook.main(argv[1:])
     arguments = _parser().parse_args(argv)
     tell_command(argv)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         return arguments.command(arguments) or 0
     except (ValueError, OSError, Failed) as error:
@@ -223,22 +225,24 @@ def _cluster(address: str):
 
 
 def _collect(arguments: argparse.Namespace) -> int:
-    from kdstudy.collect import collect, publish_collected
+    from kdstudy.collect import REFUSED, collect, publish_collected, summary
     from kdstudy.execute import open_ledger
 
     ledger = open_ledger()
     findings = collect(arguments.folders, ledger)
-    for finding in findings:
-        print(f"{'taken' if finding.taken else 'left'}  {finding.path}: {finding.text}")
-    publish_collected(ledger, {finding.run for finding in findings if finding.taken})
-    return 0
+    for line in summary(findings):
+        print(line)
+    published, unasked = publish_collected(ledger, {finding.run for finding in findings if finding.taken})
+    print(f"{len(published)} records published under {ledger.store.published}; `make tables` puts them into the tables")
+    if unasked:
+        print(f"params.yaml does not ask for {len(unasked)} of them, or not before their grids are done")
+    return 1 if any(finding.outcome == REFUSED for finding in findings) else 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from kdstudy.execute import open_ledger
     from kdstudy.verify import verify
 
-    report = verify(open_ledger(), arguments.profiles, rescore=arguments.rescore)
+    report = verify(arguments.profiles, rescore=arguments.rescore)
     print(report.text)
     return 1 if report.wrong else 0
 

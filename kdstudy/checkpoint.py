@@ -39,7 +39,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise BadFile(f"weights {path} cannot be read: {error}") from error
+        raise BadFile(f"weights {path} cannot be read: {error}; remove them to have the run made again") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:

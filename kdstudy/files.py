@@ -25,6 +25,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # as from a write: the system does not say where
+        raise type(error)(error.errno, f"cannot write into this folder ({error.strerror})", str(path.parent)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

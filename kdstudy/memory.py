@@ -51,12 +51,16 @@ class OutOfMemory(Failed):
     """A run that does not fit into memory even by itself."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python, numpy or torch says that there is no memory left, on the host or on a GPU."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error of Python, numpy or torch says that there is no memory left, on the host or on a GPU.
+
+    Or was raised while such a one was handled: torch's writer of files hides it behind one of its own.
+    """
+    if error is None:
+        return False
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Cannot allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    says_so = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return says_so or isinstance(error, MemoryError | torch.OutOfMemoryError) or is_out_of_memory(error.__context__)
 
 
 def release(device: torch.device) -> None:

@@ -68,7 +68,7 @@ class Store:
             except BadRecord as error:
                 if path is present[-1]:
                     raise
-                warnings.warn(f"{error}. Its other copy, {present[-1]}, is taken", stacklevel=2)
+                warnings.warn(f"{error}; until then its other copy, {present[-1]}, is taken", stacklevel=2)
 
     def write_record(self, record: Record) -> None:
         """Seal and keep a record; from now on the run is finished. Its checkpoint is removed."""

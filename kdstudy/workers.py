@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 from kdstudy.stopping import Failed, ShouldStop
@@ -73,6 +74,7 @@ def side_by_side(
     # not forked from this process, whose threads they would lack, nor spawned, as each would import torch for seconds
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__, *preload])
+    _start_server()
     waiting = [list(group) for group in groups if group]
     seats, fruitless = list(seats), 0
     while waiting:
@@ -88,12 +90,30 @@ def side_by_side(
             _tell_of_death(waiting[0], seats)
 
 
+def _start_server() -> None:
+    """Start the process that workers are forked from. It ends with this one, not by signals meant for the group."""
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return
+    heard = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in heard}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _tell_of_death(tasks: Sequence[Any], seats: Sequence[Any]) -> None:
     died = "a worker process died (was it killed, or did the system run out of memory?)"
     if not seats:
-        listed = ", ".join(map(str, tasks[:3])) + (", ..." if len(tasks) > 3 else "")
+        listed = ", ".join(map(_named, tasks[:3])) + (", ..." if len(tasks) > 3 else "")
         raise WorkerDied(f"{died}, again and again, at {listed}; what was finished is kept")
     warnings.warn(f"{died}; its work is taken up again, by {len(seats)} at a time", stacklevel=3)
+
+
+def _named(task: Any) -> str:
+    return ", ".join(map(str, task)) if isinstance(task, tuple) else str(task)
 
 
 @contextmanager
@@ -156,6 +176,7 @@ class _Crew:
 
 def _begin(work: Work, shared: Any, free: Any, told: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too and asks for a stop
+    signal.signal(signal.SIGTERM, _hear)
     threading.Thread(target=_follow_parent, daemon=True).start()
     _surroundings.update(work=work, shared=shared, seat=free.get(), told=told, stop=stop)
 
@@ -165,11 +186,24 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
+def _hear(number: int, frame: Any) -> None:
+    """Asked to end: by a scheduler, as all of a job are, or by the pool, because another worker has died."""
+    _surroundings["asked"] = True
+    if not _surroundings.get("busy"):
+        os._exit(128 + number)
+
+
 def _do(number: int, task: Any) -> None:
     def tell(news: Any, text: str) -> None:
         _surroundings["told"].put((number, news, text))
 
     def should_stop() -> bool:
-        return _surroundings["stop"].value
+        return _surroundings["stop"].value or _surroundings.get("asked", False)
 
-    _surroundings["work"](_surroundings["shared"], _surroundings["seat"], task, tell, should_stop)
+    _surroundings["busy"] = True
+    try:
+        _surroundings["work"](_surroundings["shared"], _surroundings["seat"], task, tell, should_stop)
+    finally:
+        _surroundings["busy"] = False
+        if _surroundings.get("asked"):  # once the outcome has been handed over
+            threading.Timer(1.0, os._exit, (128 + signal.SIGTERM,)).start()
