@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup study thesis tables test faults verify lint fmt lock readme clean
+.PHONY: help setup study thesis tables test faults verify audit lint fmt lock readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -51,6 +51,11 @@ faults: $(READY) ## kill the quick profile 100 times and break it in every other
 
 verify: $(READY) ## check all results on record against records and tables
 	@python -m kdstudy verify
+
+audit: $(READY) ## known vulnerabilities of what is pinned, secrets in tracked files; needs a network
+	@uvx pip-audit -r requirements.lock --require-hashes --disable-pip --no-deps --strict --progress-spinner off
+	@git ls-files -z -- . ':!reports' | xargs -0 uvx --from detect-secrets detect-secrets-hook --no-verify \
+	  --exclude-lines '^def test_|"[0-9a-f]{64}"'
 
 lint: $(READY) ## style of code and notebooks
 	@ruff check .

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
         try:
             state = _read(previous, device)
         except BadFile as also_torn:
-            raise BadFile(f"checkpoint {torn}; nor can {also_torn}; remove both to start the run anew") from torn
+            raise BadFile(f"checkpoint {torn}; and {also_torn}; remove both to start the run anew") from torn
         warnings.warn(f"checkpoint {torn}; the run goes on from the one before, {previous}", stacklevel=2)
         return state
 
@@ -155,6 +156,8 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(state).__name__}")
     except (MemoryError, torch.OutOfMemoryError):  # the file may be whole
         raise
+    except UnpicklingError as error:  # torch's own words tell how to run the code in it
+        raise BadFile(f"{path} cannot be read: it is torn, or holds more than tensors, numbers and text") from error
     except Exception as error:  # damaged bytes make zipfile, torch and the unpickler raise nearly anything
         raise BadFile(f"{path} cannot be read: {error}") from error
     return state

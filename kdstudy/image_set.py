@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import lzma
 import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,21 @@ import numpy as np
 from kdstudy.files import atomic_write, write_json
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# an array larger than this that lay in a file a hundredth of its size is no image set but a trap for the memory
+LARGE, MOST_COMPRESSED = 2**30, 100
 
 
 class DataError(ValueError):
     """A data set that is missing, damaged or not what it should be; the message says what to do."""
+
+
+def require_file_name(what: str, name: Any) -> None:
+    """Raise ValueError unless a name can be a part of paths and commands without another meaning."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError(
+            f"{what} becomes a file name: letters, digits, '_', '-', '.', at most 100, the first a letter or digit, "
+            f"not {name!r}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +53,10 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise DataError(f"a data set's name becomes a file name: letters, digits, '_', '-', '.', not {self.name!r}")
+        try:
+            require_file_name("a data set's name", self.name)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         try:
             self._check_and_store()
         except DataError as error:
@@ -129,7 +143,15 @@ def _checked_labels(key: str, value: Any) -> np.ndarray:
 def _checked_class_names(names: Any, y_train: np.ndarray, y_test: np.ndarray) -> tuple[str, ...]:
     if isinstance(names, np.ndarray) and (names.ndim != 1 or names.dtype.kind != "U"):
         raise DataError(f"class_names must be a list of strings, not {names.dtype} of shape {names.shape}")
-    names = tuple(str(name) for name in names) or tuple(str(label) for label in range(y_train.max() + 1))
+    if not len(names) and y_train.max() >= len(y_train):
+        raise DataError(
+            f"y_train holds the label {y_train.max()}, but only {len(y_train)} images; number the classes without gaps "
+            "from 0"
+        )
+    try:
+        names = tuple(str(name) for name in names) or tuple(str(label) for label in range(y_train.max() + 1))
+    except (ValueError, SystemError) as error:  # a character beyond Unicode's last; numpy lets Python say so
+        raise DataError(f"class_names cannot be read: {error}") from None
     if len(names) < 2:
         raise DataError(f"there must be at least 2 classes, not {len(names)}")
     for key, labels in (("y_train", y_train), ("y_test", y_test)):
@@ -218,13 +240,43 @@ def read_card(path: Path) -> dict[str, Any]:
     card_path = Path(path).with_suffix(".json")
     try:
         card = json.loads(card_path.read_text(encoding="utf-8"))
+        _check_card(card)
     except FileNotFoundError:
         raise DataError(f"{card_path} does not exist; {_remedy(card_path)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{card_path} is truncated or altered ({error}); {_remedy(card_path)}") from None
-    if not isinstance(card, dict) or not {"name", "checksum"} <= card.keys():
-        raise DataError(f"{card_path} is truncated or altered (no name or checksum); {_remedy(card_path)}")
     return card
+
+
+def _check_card(card: Any) -> None:
+    """Raise ValueError unless it is what `save_image_set` writes."""
+    if not isinstance(card, dict) or not {"name", "checksum"} <= card.keys():
+        raise ValueError("no name or checksum")
+    require_file_name("its name", card["name"])
+    channels, names = card.get("channels"), card.get("class_names")
+    sizes = [card.get("train"), card.get("test"), channels]
+    wrong = {
+        "checksum": not isinstance(card["checksum"], str) or not re.fullmatch("[0-9a-f]{64}", card["checksum"]),
+        "train, test or channels": not all(map(_is_size, sizes)),
+        "image_size": not _is_list(card.get("image_size"), 2, _is_size),
+        "mean": not _is_list(card.get("mean"), channels, _is_brightness),
+        "std": not _is_list(card.get("std"), channels, lambda value: _is_brightness(value) and value > 0),
+        "class_names": not _is_list(names, None, lambda name: isinstance(name, str)) or len(names) < 2,
+    }
+    if any(wrong.values()):
+        raise ValueError(f"its {', its '.join(field for field, is_wrong in wrong.items() if is_wrong)} cannot be right")
+
+
+def _is_list(value: Any, length: int | None, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and length in (None, len(value)) and all(map(holds, value))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_brightness(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 255
 
 
 def _remedy(path: Path) -> str:
@@ -234,23 +286,59 @@ def _remedy(path: Path) -> str:
 def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """The arrays x_train, y_train, x_test, y_test and, where there is one, class_names of an .npz; others are ignored.
 
-    Nothing is unpickled. Raises DataError, ending in `remedy`, if the file or one of the four is missing or unreadable.
+    Nothing is unpickled, and no array is made that its file does not hold. Raises DataError, ending in `remedy`, if the
+    file or one of the four is missing or unreadable.
     """
     try:
         with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ValueError("it holds a single array")
-            with archive:
-                arrays = {key: archive[key] for key in (*ARRAYS, "class_names") if key in archive}
+            with zipfile.ZipFile(file) as archive:
+                members = _members(archive)
+                arrays = {key: _read_array(archive, member) for key, member in members.items()}
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; {remedy}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path} is truncated, altered or no .npz of plain arrays ({error}); {remedy}") from None
     absent = [key for key in ARRAYS if key not in arrays]
     if absent:
         raise DataError(f"{path} has no {', '.join(absent)}; it needs {', '.join(ARRAYS)}; {remedy}")
     return arrays
+
+
+# what zipfile and numpy raise for damaged bytes, encrypted members, unknown compressions and sizes beyond the memory
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members that hold the arrays. Raises ValueError for one that is there twice."""
+    found = {}
+    for key in (*ARRAYS, "class_names"):
+        named = [member for member in archive.infolist() if member.filename == f"{key}.npy"]
+        if len(named) > 1:
+            raise ValueError(f"{key} is in it {len(named)} times")
+        if named:
+            found[key] = named[0]
+    return found
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an .npz whose header and size agree. Raises one of `_UNREADABLE`."""
+    if member.file_size > max(LARGE, MOST_COMPRESSED * member.compress_size):
+        raise ValueError(f"{member.filename} would unfold from {member.compress_size:,} to {member.file_size:,} bytes")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError(f"Object arrays cannot be loaded: {member.filename} is a pickle, which is never run")
+        if not dtype.itemsize or file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(f"{member.filename} says {shape} of {dtype}, which its {member.file_size:,} bytes are not")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def stratified_subset(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:

@@ -176,12 +176,17 @@ class Maker:
     def teacher(self, spec: RunSpec) -> nn.Module:
         """The trained teacher. Where its weights are absent it is trained, even if its record is known.
 
-        Raises ValueError if it has diverged.
+        Raises ValueError if it has diverged, and if its weights are not those that its record vouches for.
         """
         if not self.store.weights(spec.id).exists() and self.make([spec])[0]["status"] == "diverged":
             raise ValueError(f"the teacher {spec} ({spec.id}) has diverged: no student can be trained by it")
+        weights, record = self.store.weights(spec.id), self.store.record(spec)
+        if record and file_checksum(weights) != record["weights_sha256"]:
+            raise BadFile(
+                f"weights {weights} are torn, or not those of the record of {spec}; remove them, and they are made"
+            )
         network = self.data.build(spec.network, spec.recipe)
-        load_weights(network, self.store.weights(spec.id))
+        load_weights(network, weights)
         return network
 
     def _table(self, specs: Sequence[RunSpec], trainings: Mapping[Training, RunSpec]) -> dict[nn.Module, LogitTable]:

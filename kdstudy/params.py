@@ -1,6 +1,8 @@
 """params.yaml into frozen dataclasses; whatever is misspelt, missing or of the wrong type is refused by name."""
 
 import itertools
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,11 +14,18 @@ import yaml
 
 from kdstudy.core import require_choice, require_whole
 from kdstudy.files import unknown_name
+from kdstudy.image_set import require_file_name
 from kdstudy.recipe import Recipe
 
 PARAMS_FILE = Path("params.yaml")
 WAYS = ("in_turn", "fused", "streams")  # in which runs that share batches take their steps (`ways`)
 MEASURED = "measured"  # stands for the fastest of them
+# far above what any study asks for, and below what a slip of the keyboard would have a machine choke on
+MOST_AT_ONCE = 1024  # threads, workers, runs of a cohort
+MOST_TEACHERS = 100
+MOST_CELLS = 10_000
+LONGEST = 1000.0  # `length`
+DEEPEST = 20  # levels of params.yaml, of which it has 7
 
 
 @dataclass(frozen=True)
@@ -35,22 +44,45 @@ class Profile:
     compiles: bool = False  # whether compiled students are among the ways that are measured
     deterministic: bool = False  # whether a GPU's results must repeat to the bit, at the price of speed
     logit_table: bool = False  # whether a teacher's logits on all crops are tabled, where they are all that is read
+    checkpoint_seconds: float = 60.0  # how often runs write checkpoints: what a kill costs at most
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and a way that is none."""
-        require_whole("threads", self.threads, least=0)
-        require_whole("workers", self.workers, least=0)
-        require_whole("cohort", self.cohort)
+        for name, least in (("threads", 0), ("workers", 0), ("cohort", 1)):
+            require_whole(name, getattr(self, name), least=least)
+            if getattr(self, name) > MOST_AT_ONCE:
+                raise ValueError(f"{name} must be at most {MOST_AT_ONCE}, not {getattr(self, name)}")
         require_choice("way", self.way, (*WAYS, MEASURED))
+        if not 0 <= self.checkpoint_seconds < float("inf"):
+            raise ValueError(f"checkpoint_seconds must be a number of at least 0, not {self.checkpoint_seconds!r}")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where images come from (`sources.load_source`) and how many training images are held out to choose on."""
+    """Where images come from (`sources.load_source`) and how many training images are held out to choose on.
+
+    A relative `location` is a place in the current folder, the project's; one outside is named absolutely (or by `~`).
+    """
 
     source: str
     validation: int
     location: str | None = None  # a folder in torchvision's layout, or an .npz
+
+    def __post_init__(self) -> None:
+        """Refuse a number out of range, and a location that leaves the project unsaid."""
+        require_whole("validation", self.validation, least=0)
+        if self.location is not None:
+            _require_inside(self.location)
+
+
+def _require_inside(location: str) -> None:
+    try:
+        named = Path(location).expanduser()
+        inside = named.is_absolute() or named.resolve().is_relative_to(Path.cwd().resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, no such user, a null character
+        raise ValueError(f"location {location!r} is no place: {error}") from error
+    if not inside:
+        raise ValueError(f"location {location!r} leaves the project's folder; name an absolute path if you mean it")
 
 
 @dataclass(frozen=True)
@@ -83,12 +115,17 @@ class Setting:
 
         Raises ValueError for a pattern that cannot be read.
         """
+        _require_pattern(pattern)
         try:
             return pattern.format_map({"teacher": self.teacher, "student": self.student} | dict(self.networks))
         except KeyError:
             return None
-        except (ValueError, IndexError, AttributeError, TypeError) as error:
-            raise ValueError(f"network {pattern!r} must read like '{{student}}' or '{{teacher}}+heads'") from error
+
+
+def _require_pattern(pattern: str) -> None:
+    # more of str.format, such as {teacher:>9999999999}, is not let in
+    if not re.fullmatch(r"(?:[^{}]|\{[A-Za-z_]\w*\})*", pattern):
+        raise ValueError(f"network {_brief(pattern)} must read like '{{student}}' or '{{teacher}}+heads'")
 
 
 @dataclass(frozen=True)
@@ -113,6 +150,7 @@ class TaughtBy:
         if self.row is not None and (self.network != "{teacher}" or self.length != 1 or self.hyperparameters):
             raise ValueError("a row that teaches is taken as it is: nothing else can be said of it")
         _require_length(self.length)
+        _require_pattern(self.network)
 
 
 @dataclass(frozen=True)
@@ -140,11 +178,13 @@ class Row:
         """Refuse numbers out of range."""
         if not 0 < self.images <= 1:
             raise ValueError(f"images must be above 0 and at most 1, not {self.images!r}")
-        if self.teachers < 1:
-            raise ValueError(f"teachers must be at least 1, not {self.teachers!r}")
+        if not 1 <= self.teachers <= MOST_TEACHERS:
+            raise ValueError(f"teachers must be at least 1 and at most {MOST_TEACHERS}, not {self.teachers!r}")
         if self.teachers > 1 and self.taught_by:
             raise ValueError("teachers above 1 and taught_by exclude each other")
         _require_length(self.length)
+        for pattern in self.networks:
+            _require_pattern(pattern)
 
     def overridden(self, values: Mapping[str, Any]) -> "Row":
         """This row with other values of some of its fields or hyperparameters. Raises ValueError for a wrong one."""
@@ -163,6 +203,8 @@ class Row:
 def _require_length(length: float) -> None:
     if not 0 < length < float("inf"):
         raise ValueError(f"length must be a finite number above 0, not {length!r}")
+    if length > LONGEST:
+        raise ValueError(f"length must be at most {LONGEST:g} times the recipe's epochs, not {length!r}")
 
 
 def parse_row(name: str, values: Mapping[str, Any], where: str) -> Row:
@@ -184,7 +226,7 @@ def _split(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[
 
 def _taught_by(values: Any, where: str) -> TaughtBy:
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping with a row or a method, not {values!r}")
+        raise ValueError(f"{where} must be a mapping with a row or a method, not {_brief(values)}")
     own = {key: values[key] for key in values if key in ("row", "method", "network", "length")}
     rest = {key: value for key, value in values.items() if key not in own}
     return build(TaughtBy, own | {"hyperparameters": rest}, where)
@@ -192,7 +234,7 @@ def _taught_by(values: Any, where: str) -> TaughtBy:
 
 def _scheme(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping of its name and options, not {values!r}")
+        raise ValueError(f"{where} must be a mapping of its name and options, not {_brief(values)}")
     options = {key: value for key, value in values.items() if key != "name"}
     return {"scheme": values.get("name"), "scheme_options": options}
 
@@ -245,9 +287,10 @@ def load_params(path: Path = PARAMS_FILE, overrides: Sequence[str] = ()) -> Para
     Raises FileNotFoundError if there is no file, ValueError naming the place of whatever is wrong in it.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+    tree = _read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping")
     for override in overrides:
@@ -255,9 +298,71 @@ def load_params(path: Path = PARAMS_FILE, overrides: Sequence[str] = ()) -> Para
     return parse_params(tree)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what could surprise: a key twice, keys that are no text, aliases, tags, endless depth or numbers."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """The next node; every node passes here, also those inside it."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for more than any memory holds
+            raise _refusal(f"*{event.anchor} is an alias, which is not read here; write the value out", event)
+        if getattr(event, "tag", None):
+            raise _refusal(f"{event.tag} is a tag, which is not read here; leave it out", event)
+        if self.depth == DEEPEST:
+            raise _refusal(f"values lie more than {DEEPEST} levels deep", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        """The mapping, unless a key occurs twice, of which YAML would take the last, or is no text."""
+        keys = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
+                raise _refusal("this key is no text to YAML; put it into quotes", key)
+            if key.value in keys:
+                raise _refusal(f"the key {_brief(key.value)} is given twice", key)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """The number, unless it is infinite, none, or larger than any machine counts."""
+        whole = node.tag.endswith("int")
+        try:
+            value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        except (ValueError, OverflowError) as error:
+            raise _refusal(f"{_brief(node.value)} is no number that can be read", node) from error
+        if abs(value) >= 2**63 if whole else not math.isfinite(value):
+            raise _refusal(f"{_brief(node.value)} is no number of a usable size", node)
+        return value
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)  # a date is text here
+
+
+def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    """What a YAML text says. Raises ValueError naming the place of what cannot be read, or is refused by `_Loader`."""
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where} is not valid YAML: {place}{error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a character that is none, raw or by its number
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def parse_params(tree: dict[str, Any]) -> Params:
     """Build `Params` from the parsed YAML and check that every name it uses exists. Raises ValueError."""
-    tree = {key: value for key, value in tree.items() if key != "profile"}
     _check_keys("params.yaml", tree, {f.name: f for f in fields(Params)})
     params = Params(
         profiles=_build_all(Profile, tree["profiles"], "profiles"),
@@ -296,12 +401,15 @@ def _check_names(params: Params) -> None:
             look_up(f"row of grid {name}:", row, dict.fromkeys(rows))
             for axis in axes:
                 look_up(f"axis of grid {name}:", axis, grid.axes)
+            cells = math.prod(len(grid.axes[axis]) for axis in axes)
+            if cells > MOST_CELLS:
+                raise ValueError(f"grids.{name}.rows.{row} has {cells:,} cells; at most {MOST_CELLS:,} can be compared")
 
 
 def build(cls: type, values: Any, where: str) -> Any:
     """An instance of a dataclass from a mapping. Raises ValueError naming the place, unknown keys and wrong types."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a mapping, not {values!r}")
+        raise ValueError(f"{where} must be a mapping, not {_brief(values)}")
     known = {f.name: f for f in fields(cls)}
     _check_keys(where, values, known)
     hints = typing.get_type_hints(cls)
@@ -317,8 +425,12 @@ def _build_all(cls: type, tree: Any, where: str) -> dict[str, Any]:
 
 
 def _mapping_of_mappings(tree: Any, where: str) -> dict[str, dict]:
-    if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
-        raise ValueError(f"{where} must map names to mappings")
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} must map names to mappings, not be {_brief(tree)}")
+    for name, value in tree.items():
+        require_file_name(f"a name in {where}", name)
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must map names to mappings, but {name} is {_brief(value)}")
     return tree
 
 
@@ -335,25 +447,34 @@ def _check_keys(where: str, values: dict, known: dict[str, Any]) -> None:
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type; lists become tuples and whole numbers floats, nothing else is converted."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if hint is Any or isinstance(value, TaughtBy):  # that one is built and checked already
+        return value
     if value is None and type(None) in options:
         return None
-    if isinstance(value, TaughtBy):
-        return value  # built and checked already
     hint = next(option for option in options if option is not type(None))
-    origin = typing.get_origin(hint) or hint
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(_typed(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = dict if origin is Mapping else origin
     if not isinstance(value, expected) or (isinstance(value, bool) and origin is not bool):
-        raise ValueError(f"{where} must be {_article(origin)}, not {value!r}{_number_hint(value, origin)}")
+        raise ValueError(f"{where} must be {_article(origin)}, not {_brief(value)}{_number_hint(value, origin)}")
+    if expected is list:
+        return [_typed(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if expected is dict:
+        return {key: _typed(item, inner[1], f"{where}.{key}") for key, item in value.items()}
     return value
+
+
+def _brief(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _article(kind: type) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
-    return names.get(kind, f"a {kind.__name__}")
+    return (names | {list: "a list", dict: "a mapping", Mapping: "a mapping"}).get(kind, f"a {kind.__name__}")
 
 
 def _number_hint(value: Any, kind: type) -> str:
@@ -371,4 +492,4 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = look_up(f"place {place!r} in params.yaml:", key, tree)
         if not isinstance(tree, dict):
             raise ValueError(f"{place!r} is no place in params.yaml: {key!r} holds a value")
-    tree[last] = yaml.safe_load(text)
+    tree[last] = _read_yaml(text, f"the value of {place}")

@@ -59,6 +59,8 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must rise, not {list(self.milestones)}")
+        if self.milestones and self.milestones[0] < 0:
+            raise ValueError(f"milestones must be epochs, counted from 0, not {list(self.milestones)}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
 

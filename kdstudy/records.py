@@ -108,6 +108,8 @@ def _problem(record: Any) -> str:
         return f"a score is no number: {', '.join(wrong) or 'further'}"
     if not all(isinstance(epoch, dict) for epoch in record["history"]):
         return "an epoch of its history is no mapping"
+    if not all(isinstance(sitting, dict) for sitting in record["sessions"]):
+        return "a sitting of it is no mapping"
     if record["status"] == "finished" and "test_accuracy" not in record["scores"]:
         return "it is finished without a test accuracy"
     return _misfit(record)

@@ -1,7 +1,12 @@
 """A data set by name: scikit-learn's digits, CIFAR-10 and CIFAR-100 from torchvision or a copy, a user's own `.npz`."""
 
+import gzip
+import hashlib
+import io
 import os
 import socket
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -10,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from kdstudy.files import unknown_name
+from kdstudy.files import atomic_write, unknown_name
 from kdstudy.image_set import DataError, ImageSet, holdout_split, read_arrays
 
 KINDS = ("digits", "cifar10", "cifar100", "npz")
 ENVIRONMENT_VARIABLE = "KDSTUDY_DATA"
 STALL_SECONDS = 60.0
+MOST_UNPACKED = 2**28  # bytes of an archive; those of CIFAR have 187 million
 
 # training images, test images, classes; each class has the same number of both
 CIFAR_COUNTS = {"cifar10": (50_000, 10_000, 10), "cifar100": (50_000, 10_000, 100)}
@@ -120,21 +126,83 @@ def _damaged(dataset: Any, folder: Path) -> list[str]:
     """Names of the official files that are missing or altered; torchvision, before a download, forgets to test meta."""
     from torchvision.datasets.utils import check_integrity
 
-    files = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
-    return [file for file, md5 in files if not check_integrity(folder / dataset.base_folder / file, md5)]
+    place = folder / dataset.base_folder
+    return [name for name, md5 in _official_files(dataset).items() if not check_integrity(place / name, md5)]
 
 
 def _download(dataset: Any, folder: Path, remedy: str) -> None:
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import download_url
 
+    archive = folder / dataset.filename
     try:
         with _stall_limit(STALL_SECONDS):
-            download_and_extract_archive(
-                dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5, remove_finished=True
-            )
+            download_url(dataset.url, folder, filename=dataset.filename, md5=dataset.tgz_md5)
     except (OSError, RuntimeError, HTTPException) as error:
-        (folder / dataset.filename).unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)
         raise DataError(f"the download of {dataset.url} failed ({error}); try again, or {remedy}") from error
+    for name, content in _unpacked(dataset, archive, remedy).items():
+        with atomic_write(folder / dataset.base_folder / name) as temporary:
+            temporary.write_bytes(content)
+    archive.unlink()
+
+
+def _official_files(dataset: Any) -> dict[str, str]:
+    """The MD5 sum of every file of a data set of torchvision."""
+    return dict([*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])])
+
+
+def _unpacked(dataset: Any, archive: Path, remedy: str) -> dict[str, bytes]:
+    """The official files from their .tar.gz, by name, after their MD5 sums have passed. Nothing is written.
+
+    So the archive has no say in where anything goes, and whatever else is in it stays there. Raises DataError naming
+    the archive, and ending in `remedy`, unless each of them is in it once, as a regular file.
+    """
+    sums = _official_files(dataset)
+    found: dict[str, bytes] = {}
+    try:
+        with gzip.open(archive) as file:
+            content = file.read(MOST_UNPACKED + 1)
+        if len(content) > MOST_UNPACKED:
+            raise ValueError(f"it unfolds to more than {MOST_UNPACKED:,} bytes")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in _members(tar):
+                folder, _, name = member.name.rpartition("/")
+                if folder != dataset.base_folder or name not in sums:
+                    continue
+                if name in found:
+                    raise ValueError(f"{member.name} is in it twice")
+                found[name] = _regular(tar, member)
+    except (OSError, ValueError, EOFError, RecursionError, OverflowError, zlib.error, tarfile.TarError) as error:
+        raise DataError(f"{archive} cannot be unpacked ({error}); remove it and try again, or {remedy}") from error
+    wrong = [name for name, md5 in sums.items() if _md5(found.get(name, b"")) != md5]
+    if wrong:
+        raise DataError(
+            f"{archive} cannot be unpacked ({wrong[0]} is not in it, or its MD5 sum is not the official one); remove "
+            f"it and try again, or {remedy}"
+        )
+    return found
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members one after the other. Raises ValueError where one lies before the last, which would never end."""
+    last = -1
+    for member in tar:
+        if member.offset <= last or member.size < 0:
+            raise ValueError(f"{member.name} lies before what it follows")
+        last = member.offset
+        yield member
+
+
+def _regular(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise ValueError(f"{member.name} is no regular file")
+    if member.size > MOST_UNPACKED:
+        raise ValueError(f"{member.name} would have {member.size:,} bytes")
+    return tar.extractfile(member).read()
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 @contextmanager

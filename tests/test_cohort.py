@@ -16,6 +16,7 @@ from torch import nn
 from toy import clone, difference
 
 from kdstudy import engine, evaluate, ways
+from kdstudy.checkpoint import load_checkpoint
 from kdstudy.cohort import Cohort
 from kdstudy.core import Method, Phase, View
 from kdstudy.engine import BLOCK, ROUNDS, Choices, Engine
@@ -338,6 +339,24 @@ def test_members_who_are_prepared_are_kept_when_the_next_ones_preparation_is_lef
     assert len(calibrated) == 3
     for member, each in zip(again, alone(methods), strict=True):
         assert_alike(member, each)
+
+
+def test_the_time_of_an_evaluation_that_is_left_counts(tmp_path, monkeypatch):
+    now = 0.0
+
+    def leave(*_):
+        nonlocal now
+        now += 10
+        raise Stopped
+
+    monkeypatch.setattr("kdstudy.train.count_hits", leave)
+    monkeypatch.setattr("kdstudy.cohort.time.monotonic", lambda: now)
+    stopped = in_turn([VanillaKD()] * 2, folder=tmp_path)
+    with pytest.raises(Stopped):
+        Cohort(stopped).run()
+    for member in stopped:
+        state = load_checkpoint(member.surroundings.checkpoint, torch.device("cpu"))
+        assert state["seconds"] == state["sessions"][0]["seconds"] == member.seconds == 5
 
 
 class Ends:

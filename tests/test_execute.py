@@ -198,13 +198,13 @@ def test_final_runs_wait_for_every_cell(folder):
     assert len(ledger.final("stripes", "response", "ce")) == 2
 
 
-@pytest.mark.parametrize(("network", "classes"), [("wrn_10_0.25", 3), ("cnn_small", 4)])
-def test_a_teacher_file_of_another_network_is_refused(folder, network, classes):
+@pytest.mark.parametrize(("network", "classes"), [("wrn_10_0.25", 3), ("cnn_small", 3)])
+def test_a_teacher_file_that_is_not_the_records_is_refused(folder, network, classes):
     first = executor()
     first.run_stage("teacher")
     spec = first.ledger.planner.teacher("stripes", 0)
     save_weights(build_model(network, classes=classes, channels=1, image_size=8), first.store.weights(spec.id))
-    with pytest.raises(BadFile, match=f"{spec.id}/weights.safetensors belong to another network"):
+    with pytest.raises(BadFile, match=f"{spec.id}/weights.safetensors are torn, or not those of the record"):
         executor().run_stage("response")
 
 
@@ -226,7 +226,7 @@ def test_a_torn_teacher_file_is_refused(folder):
     first.run_stage("teacher")
     path = first.store.weights(first.ledger.planner.teacher("stripes", 0).id)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(BadFile, match="cannot be read"):
+    with pytest.raises(BadFile, match="are torn, or not those of the record of stripes teacher seed 0; remove them"):
         executor().run_stage("response")
 
 
@@ -894,7 +894,7 @@ FAST = taught(
 )
 
 
-@pytest.mark.parametrize("steps", [2, 4, 7, 9])
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
 def test_a_cohort_that_is_stopped_goes_on_in_other_company(steps, folder):
     expected = made_anew(FAST)
     for name in ("store", "runs"):

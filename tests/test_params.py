@@ -1,6 +1,7 @@
 """params.yaml is read whole or refused by name."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,41 @@ def test_the_thesis_grid_has_its_cells(row, count):
         ("grids/quick/rows/kdd", ["temperature"], r"unknown row of grid quick: 'kdd'"),
         ("grids/quick/rows/kd", ["temprature"], r"did you mean 'temperature'"),
         ("recipe", {}, r"unknown key in params.yaml: 'recipe'; did you mean 'recipes'"),
+        ("settings", [], r"settings must map names to mappings, not be \[\]"),
+        ("grids", None, r"grids must map names to mappings, not be None"),
+        ("profiles/quick", "fast", r"profiles must map names to mappings, but quick is 'fast'"),
+        ("methods/response", ["kd"], r"methods must map names to mappings, but response is \['kd'\]"),
+        ("methods/response/kd", None, r"methods.response must map names to mappings, but kd is None"),
+        ("profiles/quick/threads", 10**6, r"profiles.quick: threads must be at most 1024, not 1000000"),
+        ("profiles/quick/workers", 1025, r"workers must be at most 1024"),
+        ("profiles/quick/cohort", 2**31, r"cohort must be at most 1024"),
+        ("profiles/quick/graphs", "yes", r"profiles.quick.graphs must be true or false, not 'yes'"),
+        ("datasets/digits/validation", -1, r"datasets.digits: validation must be a whole number of at least 0, not -1"),
+        ("datasets/digits/validation", True, r"datasets.digits.validation must be a whole number, not True"),
+        ("datasets/digits/location", 3, r"datasets.digits.location must be text, not 3"),
+        ("settings/digits/networks", ["plain"], r"settings.digits.networks must be a mapping, not \['plain'\]"),
+        ("settings/digits/networks", {"plain": 8}, r"settings.digits.networks.plain must be text, not 8"),
+        ("settings/digits/networks", {"plain": None}, r"settings.digits.networks.plain must be text, not None"),
+        ("settings/digits/overrides", {"kd": 3}, r"settings.digits.overrides.kd must be a mapping, not 3"),
+        ("settings/digits/overrides", ["kd"], r"settings.digits.overrides must be a mapping"),
+        ("settings/digits/without", None, r"settings.digits.without must be a list, not None"),
+        ("settings/digits/seeds", [0, -1], r"settings.digits.seeds must be distinct numbers of at least 0"),
+        ("settings/digits/seeds", [0, 1.0], r"settings.digits.seeds\[1\] must be a whole number, not 1.0"),
+        ("grids/quick/axes", ["temperature"], r"grids.quick.axes must be a mapping, not \['temperature'\]"),
+        ("grids/quick/axes/temperature", {"temperature": 2.0}, r"axes.temperature must be a list, not \{'temp"),
+        ("grids/quick/axes/temperature", [2.0], r"grids.quick.axes.temperature\[0\] must be a mapping, not 2.0"),
+        ("grids/quick/rows", ["kd"], r"grids.quick.rows must be a mapping"),
+        ("grids/quick/rows/kd", "temperature", r"grids.quick.rows.kd must be a list, not 'temperature'"),
+        ("grids/quick/rows/kd", [3], r"grids.quick.rows.kd\[0\] must be text, not 3"),
+        ("grids/quick/rows/kd", ["temperature"] * 14, r"grids.quick.rows.kd has 16,384 cells; at most 10,000"),
+        ("methods/response/kd/teachers", 101, r"methods.response.kd: teachers must be .* at most 100, not 101"),
+        ("methods/response/kd/length", 1e308, r"methods.response.kd: length must be at most 1000 times the recipe's"),
+        ("methods/response/kd/network", "{teacher.__class__}", r"network '{teacher.__class__}' must read like"),
+        ("methods/response/kd/network", "{teacher:>9999999999}", r"methods.response.kd: network .* must read like"),
+        ("methods/response/kd/network", "{teacher", r"must read like '{student}' or '{teacher}\+heads'"),
+        ("methods/response/kd/partners", ["{student!r}"], r"network '{student!r}' must read like"),
+        ("methods/response/kd/taught_by", {"method": "ce", "network": "{0}"}, r"taught_by: network '\{0\}' must read"),
+        ("settings/digits/teacher", list(range(1000)), r"must be text, not \[0, 1, .*\.\.\.$"),
     ],
 )
 def test_a_mistake_is_refused_by_name(place, value, message):
@@ -100,6 +136,165 @@ def test_a_mistake_in_a_method_is_refused_by_name(place, value, message):
         check_methods(parse_params(changed(place, value)))
 
 
+SAFE = ["a", "A", "7", "wrn_16_0.25", "a-b", "a..b", "x" * 100]
+UNSAFE = [
+    "",
+    ".",
+    "..",
+    ".a",
+    "-a",
+    "_a",
+    "a/b",
+    "a\\b",
+    "a b",
+    "a\n",
+    "a;b",
+    "$(a)",
+    "`a`",
+    "a'b",
+    'a"b',
+    "a&b",
+    "a|b",
+]
+UNSAFE += ["é", "a\0", "~", "a:b", "{a}", "${item}", "x" * 101, 3, None, True, ("a",)]
+
+
+def with_name(place: str, name: object) -> dict:
+    """The tree with another entry of this name, a copy of the first."""
+    tree = copy.deepcopy(TREE)
+    node = tree[place] if place in tree else tree["methods"][place.removeprefix("methods.")]
+    node[name] = copy.deepcopy(next(iter(node.values())))
+    return tree
+
+
+@pytest.mark.parametrize(
+    "place", ["profiles", "datasets", "recipes", "settings", "methods", "methods.response", "grids"]
+)
+@pytest.mark.parametrize("name", UNSAFE, ids=repr)
+def test_a_name_that_would_mean_more_in_a_path_or_a_command_is_refused(place, name):
+    with pytest.raises(ValueError, match=rf"^a name in {place} becomes a file name: letters, digits"):
+        parse_params(with_name(place, name))
+
+
+@pytest.mark.parametrize("place", ["profiles", "datasets", "recipes", "settings", "grids"])
+@pytest.mark.parametrize("name", SAFE)
+def test_other_names_are_taken(place, name):
+    assert name in getattr(parse_params(with_name(place, name)), place)
+
+
+# locations
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project's folder as the current one, with a link that leads out of it and one that does not."""
+    folder = tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "in").symlink_to(folder / "data")
+    (folder / "round").symlink_to("round")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["data", "data/mine.npz", "./data/../mine.npz", "in/mine.npz", ".", "../project/data", "/", "/a/../b", "~/a"],
+)
+def test_a_location_inside_the_project_or_named_absolutely_is_taken(project, location):
+    assert parse_params(changed("datasets/digits/location", location)).datasets["digits"].location == location
+
+
+@pytest.mark.parametrize("location", ["..", "../mine.npz", "data/../../mine.npz", "out", "out/mine.npz", "../project2"])
+def test_a_location_that_leaves_the_project_unsaid_is_refused(project, location):
+    with pytest.raises(
+        ValueError, match=r"^datasets.digits: location .* leaves .*; name an absolute path if you mean it"
+    ):
+        parse_params(changed("datasets/digits/location", location))
+
+
+@pytest.mark.parametrize("location", ["round/mine.npz", "data/\0", "~nobody-of-this-name/mine.npz"])
+def test_a_location_that_is_no_place_is_refused(project, location):
+    with pytest.raises(ValueError, match=r"^datasets.digits: location .* is no place"):
+        parse_params(changed("datasets/digits/location", location))
+
+
+# the text
+
+
+def read(tmp_path, content):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_params(path)
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in itertools.pairwise("abcdefghi"))
+MALFORMED = {
+    "nothing": ("", r"params.yaml must hold a mapping"),
+    "only a comment": ("# nothing\n", r"params.yaml must hold a mapping"),
+    "laughs": (
+        LAUGHS,
+        r"not valid YAML: line 2, column 8: \*a is an alias, which is not read here; write the value out",
+    ),
+    "itself": ("a: &a\n  b: *a\n", r"line 2, column 6: \*a is an alias"),
+    "merged": (
+        "a: &a {b: 1}\nc: {<<: *a}\n",
+        r"line 2, column 5: this key is no text|line 2, column 9: \*a is an alias",
+    ),
+    "depth": ("a: " + "[" * 5000 + "]" * 5000, r"line 1, column 23: values lie more than 20 levels deep"),
+    "depth of mappings": (
+        "".join(" " * i + "a:\n" for i in range(2000)),
+        r"line 20, column 20: .* more than 20 levels",
+    ),
+    "a key twice": ("recipes: {}\ngrids: {}\nrecipes: {}\n", r"line 3, column 1: the key 'recipes' is given twice"),
+    "a key twice, inside": ("a: {b: 1, 'b': 2}", r"line 1, column 11: the key 'b' is given twice"),
+    "a number as a key": ("a: {7: 1}", r"line 1, column 5: this key is no text to YAML; put it into quotes"),
+    "null as a key": ("a: {~: 1}", r"this key is no text"),
+    "a truth as a key": ("a: {on: 1}", r"this key is no text"),
+    "a list as a key": ("a:\n  ? [b]\n  : c\n", r"line 2, column 5: this key is no text"),
+    "a mapping as a key": ("a: {{b: c}: d}", r"this key is no text"),
+    "NaN": ("a: .nan", r"line 1, column 4: '.nan' is no number of a usable size"),
+    "infinity": ("a: [-.inf]", r"'-.inf' is no number of a usable size"),
+    "beyond floats": ("a: 1.0e+999", r"'1.0e\+999' is no number of a usable size"),
+    "beyond 64 bits": ("a: 9223372036854775808", r"is no number of a usable size"),
+    "a thousand digits": ("a: -" + "9" * 1000, r"column 4: '-9+\.\.\. is no number of a usable size"),
+    "ten thousand digits": ("a: " + "9" * 10_000, r"is no number that can be read"),
+    "hexadecimal": ("a: 0x" + "f" * 10_000, r"is no number of a usable size"),
+    "no digits": ("a: 0b_", r"'0b_' is no number that can be read"),
+    "a tag": (
+        "a: !!python/object/apply:os.mkdir [out]",
+        r"line 1, column 4: .*os.mkdir is a tag, which is not read here",
+    ),
+    "a tag that needs a value": ("a: !!int ''", r"is a tag"),
+    "a tag that knows two values": ("a: !!bool perhaps", r"is a tag"),
+    "a merge as a value": ("a: <<", r"params.yaml is not valid YAML: line 1, column 4"),
+    "a tab": ("a:\n\tb: 1\n", r"not valid YAML: line 2, column 1: found character '\\t'"),
+    "two documents": ("a: 1\n---\nb: 2\n", r"not valid YAML: line 2, column 1: but found another document"),
+    "a null character": ("a: b\0", r"params.yaml is not valid YAML: .*#x0000"),
+    "no text": (b"a: \xff\xfe", r"params.yaml is not text in UTF-8: .* byte 0xff"),
+    "another coding": ("a: é".encode("latin-1"), r"params.yaml is not text in UTF-8"),
+    "no character": (r'a: "\UFFFFFFFF"', r"params.yaml is not valid YAML"),
+    "half a mapping": ("a: {b: 1", r"params.yaml is not valid YAML: line 1"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_text_that_is_no_sound_yaml_is_refused_by_line(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, content)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [tmp_path / "params.yaml"]
+
+
+def test_dates_are_text_and_numbers_up_to_64_bits_are_numbers(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    with pytest.raises(ValueError, match=r"settings.digits.student must be text, not 9223372036854775807"):
+        read(tmp_path, text.replace("student: wrn_10_0.25", "student: 9223372036854775807"))
+    params = read(tmp_path, text.replace("student: wrn_10_0.25", "student: 2026-13-45"))
+    assert params.settings["digits"].student == "2026-13-45"
+
+
 def test_overrides(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
@@ -114,6 +309,36 @@ def test_overrides(tmp_path):
         load_params(path, ["recipes.step.epochs"])
     with pytest.raises(ValueError, match="holds a value"):
         load_params(path, ["recipes.step.epochs.x=5"])
+    with pytest.raises(ValueError, match="holds a value"):
+        load_params(path, ["settings.digits.seeds.0=5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipes.step.epochs=[", r"^the value of recipes.step.epochs is not valid YAML: line 1"),
+        ("recipes.step.epochs={a: 1, a: 2}", r"the key 'a' is given twice"),
+        ("recipes.step.epochs=.nan", r"^the value of recipes.step.epochs is not valid YAML: .*'.nan' is no number"),
+        ("recipes.step.epochs=*a", r"is an alias"),
+        ("recipes.step.epochs=!!python/name:os.system", r"is a tag"),
+        ("recipes.step.epochs=a: b: c", r"is not valid YAML"),
+        ("recipes.step.epochs=", r"recipes.step.epochs must be a whole number, not None"),
+        ("=5", r"unknown key in params.yaml: ''"),
+        (".=5", r"unknown place '.' in params.yaml: ''"),
+        ("recipes..epochs=5", r"unknown place 'recipes..epochs' in params.yaml: ''"),
+        ("recipes=5", r"recipes must map names to mappings, not be 5"),
+        ("recipes.a/b={epochs: 1, batch: 1, learning_rate: 1}", r"a name in recipes becomes a file name"),
+        ("datasets.digits.location=../out", r"name an absolute path if you mean it"),
+    ],
+)
+def test_an_override_that_cannot_be_is_refused_by_name(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_params(ROOT / "params.yaml", [override])
+
+
+def test_an_override_may_name_a_field_that_had_its_default():
+    params = load_params(ROOT / "params.yaml", ["settings.digits.methods=[ce]"])
+    assert params.settings["digits"].methods == ("ce",)
 
 
 def test_a_file_that_is_no_yaml_or_no_mapping(tmp_path):

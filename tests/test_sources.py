@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import os
@@ -5,6 +6,7 @@ import pickle
 import socket
 import tarfile
 import threading
+import tracemalloc
 import urllib.error
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -228,16 +230,31 @@ def test_without_a_download_the_official_files_must_be_there(tmp_path, official)
     assert load_source("cifar100", "cifar100", download=False, download_folder=tmp_path).classes == 3
 
 
+def entry(name, content=b"", **fields):
+    """A member of an archive, a regular file unless its fields say otherwise."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member, content
+
+
+def packed(*entries):
+    """The bytes of a .tar.gz with these members, in which sizes may be wrong."""
+    stream = io.BytesIO()
+    for member, content in entries:
+        stream.write(member.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512))
+    return gzip.compress(stream.getvalue() + bytes(1024), 1)
+
+
+def sound(official):
+    return [entry(f"cifar-100-python/{name}", content) for name, content in official.items()]
+
+
 @pytest.fixture
 def archive(official, monkeypatch):
     """The .tar.gz of the small CIFAR-100, whose MD5 sum torchvision is made to expect."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
-        for name, content in official.items():
-            entry = tarfile.TarInfo(f"cifar-100-python/{name}")
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    content = stream.getvalue()
+    content = packed(*sound(official))
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(content).hexdigest())
     return content
 
@@ -324,6 +341,113 @@ def test_no_network_gives_a_sentence_that_says_what_to_do(tmp_path, monkeypatch,
     for part in (*causes, "try again", dataset.base_folder, f"{kind}.npz", "KDSTUDY_DATA"):
         assert part in str(error.value)
     assert files_in(tmp_path) == []
+
+
+# archives whose MD5 sum is the official one, but which are made to harm
+
+
+@pytest.fixture
+def take(tmp_path, monkeypatch):
+    """Load CIFAR-100 from an archive that is downloaded already."""
+
+    def load(content):
+        folder = tmp_path / "data" / "download"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CIFAR100.filename).write_bytes(content)
+        monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(content).hexdigest())
+        monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("went to the network"))
+        return load_source("cifar100", "cifar100", download_folder=folder)
+
+    return load
+
+
+OUT = "../../out"
+
+
+def test_members_that_are_not_asked_for_have_no_effect(tmp_path, official, take):
+    others = [
+        entry(OUT, b"x"),
+        entry(str(tmp_path / "out"), b"x"),
+        entry("cifar-100-python/../../../out", b"x"),
+        entry("cifar-100-python/more", b"x"),
+        entry("train", b"x"),
+        entry("cifar-100-python", type=tarfile.SYMTYPE, linkname=str(tmp_path)),
+        entry("cifar-100-python/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        entry("cifar-100-python/device", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+    ]
+    assert same_content(take(packed(*others, *sound(official), *others)), cifar_arrays(classes=3))
+    assert files_in(tmp_path) == [f"data/download/cifar-100-python/{name}" for name in ("meta", "test", "train")]
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path, official, take):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "data" / "download" / "cifar-100-python").mkdir(parents=True)
+    (tmp_path / "data" / "download" / "cifar-100-python" / "train").symlink_to(tmp_path / "precious")
+    take(packed(*sound(official)))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+TRAIN = "cifar-100-python/train"
+HARM = {
+    "a symbolic link": ([entry(TRAIN, type=tarfile.SYMTYPE, linkname=OUT)], "train is no regular file"),
+    "a hard link": ([entry(TRAIN, type=tarfile.LNKTYPE, linkname="cifar-100-python/meta")], "train is no regular file"),
+    "a character device": ([entry(TRAIN, type=tarfile.CHRTYPE, devmajor=1, devminor=5)], "train is no regular file"),
+    "a block device": ([entry(TRAIN, type=tarfile.BLKTYPE)], "train is no regular file"),
+    "a queue": ([entry(TRAIN, type=tarfile.FIFOTYPE)], "train is no regular file"),
+    "a folder": ([entry(TRAIN, type=tarfile.DIRTYPE)], "train is no regular file"),
+    "a file with holes": ([entry(TRAIN, type=tarfile.GNUTYPE_SPARSE)], "train is no regular file"),
+    "a size beyond all": ([entry(TRAIN, b"x", size=2**60)], r"train would have 1,152,921,504,606,846,976 bytes"),
+    "a size beyond its bytes": ([entry(TRAIN, b"x", size=2**20)], "unexpected end of data"),
+    "a size below nothing": ([entry(TRAIN, b"x", size=-512)], "lies before what it follows"),
+    "a size that leads back": ([entry("more", size=-1024)], "lies before what it follows"),
+    "another file": ([entry(TRAIN, b"cos\nsystem\n(Vtouch out\ntR.")], "train is not in it, or its MD5 sum is not"),
+    "no such file": ([], "train is not in it, or its MD5 sum is not"),
+    "a file in another folder": ([entry("train", b"x")], "train is not in it, or its MD5 sum is not"),
+}
+
+
+@pytest.mark.parametrize(("members", "cause"), HARM.values(), ids=HARM)
+def test_a_harmful_archive_is_refused_and_leaves_nothing(tmp_path, official, take, members, cause):
+    others = [member for member in sound(official) if member[0].name != TRAIN]
+    content = packed(*others, *members)
+    with pytest.raises(DataError, match=cause) as error:
+        take(content)
+    assert str(error.value).startswith(f"{tmp_path}/data/download/cifar-100-python.tar.gz cannot be unpacked (")
+    assert "remove it and try again, or put cifar-100-python/" in str(error.value)
+    assert files_in(tmp_path) == ["data/download/cifar-100-python.tar.gz"]
+    assert (tmp_path / "data/download/cifar-100-python.tar.gz").read_bytes() == content
+
+
+def test_a_file_that_is_there_twice_is_refused(tmp_path, official, take):
+    with pytest.raises(DataError, match="cifar-100-python/train is in it twice"):
+        take(packed(*sound(official), entry(TRAIN, official["train"])))
+
+
+@pytest.mark.parametrize("damage", ["no gzip", "truncated", "altered", "no tar", "a bomb"])
+def test_an_archive_that_cannot_be_unfolded_is_refused(tmp_path, official, take, damage, monkeypatch):
+    content = packed(*sound(official))
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 100_000)
+    damaged = {
+        "no gzip": b"PK" + content,
+        "truncated": content[:-100],
+        "altered": content[:-6] + b"xxxxxx",
+        "no tar": gzip.compress(b"x" * 5000),
+        "a bomb": gzip.compress(bytes(10**8), 1),
+    }
+    with pytest.raises(DataError, match=r"cifar-100-python\.tar\.gz cannot be unpacked"):
+        take(damaged[damage])
+    assert files_in(tmp_path) == ["data/download/cifar-100-python.tar.gz"]
+
+
+def test_of_a_bomb_only_as_much_is_unfolded_as_is_allowed(tmp_path, take, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 100_000)
+    bomb = gzip.compress(bytes(10**8), 1)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="it unfolds to more than 100,000 bytes"):
+        take(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
 
 
 # the real images
