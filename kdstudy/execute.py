@@ -163,7 +163,7 @@ class Executor:
         final = [spec for row in rows for spec in self.ledger.final(self.setting, stage, row)]
         final = [spec for spec in final if seeds is None or spec.seed in seeds]
         self.complete(final)
-        return [*_teaching(cells + final).values(), *cells, *final]
+        return [*only_teaching(cells + final).values(), *cells, *final]
 
     def complete(self, specs: Iterable[RunSpec]) -> None:
         """Train those of the runs that have no record, in order, and first the teachers whose weights they need.
@@ -228,12 +228,12 @@ def lacking(specs: Iterable[RunSpec], store: Store) -> list[RunSpec]:
     return sorted(found.values(), key=lambda spec: spec.depth)
 
 
-def _teaching(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
+def only_teaching(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
     """The runs that only teach, above these, by id."""
     found: dict[str, RunSpec] = {}
     for spec in specs:
         for teacher in spec.teachers:
-            found |= _teaching([teacher])
+            found |= only_teaching([teacher])
             if teacher.purpose == "teaching":
                 found[teacher.id] = teacher
     return found

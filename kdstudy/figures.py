@@ -528,7 +528,7 @@ def _accuracy_window(table: pd.DataFrame) -> tuple[float, float]:
 
 @styled
 def share_curves(results: pd.DataFrame) -> Figure:
-    """Test accuracy (percent) by share of the training images, from `lesson.by_share`: a line for each method.
+    """Test accuracy (percent) by share of the training images, from `table_files.by_share`: a line for each method.
 
     It joins the means over seeds; dots and bars are the seeds and their range. The grey line is the teachers' mean.
     """
@@ -565,7 +565,7 @@ def _share_line(ax: Axes, runs: pd.DataFrame, place: float, **look) -> None:
 def show_curves_by_share(histories: pd.DataFrame, folder: Path) -> list[Image]:
     """`method_curves` of the runs on each share of the images below all of them, as learning_curves_<percent>.png.
 
-    `histories` are those of `lesson.by_share`. Shares on which nothing was trained by gradient have none.
+    `histories` are those of `table_files.by_share`. Shares on which nothing was trained by gradient have none.
     """
     shares = sorted(share for share in histories.share.unique() if share < 100)
     return [_show_share(histories[histories.share == share], share, folder) for share in shares]

@@ -29,20 +29,9 @@ from kdstudy.relations import spread, view_of
 from kdstudy.results import Ledger
 from kdstudy.samples import Correlation, InstanceGraph, Probabilistic, Relational, SimilarityPreserving
 from kdstudy.study import METHODS, SCHEMES, Planner, RunSpec
-from kdstudy.tables import (
-    BASELINE_STAGE,
-    comparison_table,
-    label,
-    published_results,
-    share_table,
-    thesis_table,
-    thesis_title,
-    to_markdown,
-    tuning_table,
-    write_table,
-)
+from kdstudy.table_files import first_specs, percent
+from kdstudy.tables import BASELINE_STAGE, label, to_markdown
 
-FEW_DATA = "few_data"  # the stage whose rows are trained on a share of the images
 DIFFERENCES = "Differs from the printed text"
 
 
@@ -189,44 +178,14 @@ def _row(planner: Planner, setting: str, stage: str, row: str) -> tuple[str, ...
     return f"`{row}`", label(row), f"`{METHODS[spec.method].__name__}`", values, str(cells or "")
 
 
-def on_all_images(ledger: Ledger, setting: str, stage: str) -> list[RunSpec]:
-    """The final runs, in other stages, of the rows that this stage has on fewer images under the name row_percent."""
-    planner = ledger.planner
-    tried = {_without_share(spec.row, spec.images) for spec in _first_specs(planner, setting, stage)}
-    others = [other for other in planner.params.methods if other != stage]
-    rows = [(other, row) for other in others for row in planner.rows(setting, other) if row in tried]
-    return [spec for other, row in rows for spec in ledger.final(setting, other, row)]
-
-
-def by_share(frame: pd.DataFrame, specs: Iterable[RunSpec]) -> pd.DataFrame:
-    """Runs or epochs of these specs with the `share` of the training images (percent) out of the method's name."""
-    if frame.empty:
-        return frame.assign(share=[])
-    images = frame.run.map({spec.id: spec.images for spec in specs})
-    methods = [_without_share(*pair) for pair in zip(frame.method, images, strict=True)]
-    return frame.assign(method=methods, share=[_percent(share) for share in images])
-
-
-def _without_share(row: str, images: float) -> str:
-    return row.removesuffix(f"_{_percent(images):g}")
-
-
-def _percent(share: float) -> float:
-    return round(100 * share, 6)
-
-
-def _first_specs(planner: Planner, setting: str, stage: str) -> list[RunSpec]:
-    return [planner.final(setting, stage, row, {})[0] for row in planner.rows(setting, stage)]
-
-
 def shares_table(planner: Planner, setting: str, stage: str, images: ImageSet) -> Markdown:
     """For every share of the training images that a stage uses: how many images that are, and how many steps."""
     data, rows = DataOnDevice(images, torch.device("cpu")), {}
-    for spec in _first_specs(planner, setting, stage):
+    for spec in first_specs(planner, setting, stage):
         labels = data.training(spec.held_out, spec.recipe, spec.images).labels.numpy()
         steps = math.ceil(len(labels) / spec.recipe.batch)
         counts = len(labels), _per_class(labels, images.classes), steps, steps * spec.recipe.epochs
-        row = rows.setdefault(_percent(spec.images), [f"{_percent(spec.images):g} %", *counts, ""])
+        row = rows.setdefault(percent(spec.images), [f"{percent(spec.images):g} %", *counts, ""])
         method = spec.build_method()
         if isinstance(method, FewSample):
             row[-1] = str(min(method.samples, len(labels)))
@@ -242,7 +201,7 @@ def teachers_table(planner: Planner, setting: str, stage: str) -> Markdown:
     Shown for the first seed; a sentence if the setting trains no such row.
     """
     usual = [planner.teacher(setting, planner.tuning_seed(setting))]
-    finals = _first_specs(planner, setting, stage)
+    finals = first_specs(planner, setting, stage)
     rows = [_taught(spec) for spec in finals if [one.id for one in spec.teachers] != [one.id for one in usual]]
     if not rows:
         return Markdown("All students of this setting are taught by its own teacher alone.")
@@ -392,46 +351,6 @@ def folder(profile: str) -> Path:
     path = Path("reports", profile, "tables")
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def write_thesis_tables(results: pd.DataFrame, planner: Planner, profile: str, folder: Path) -> dict[int, pd.DataFrame]:
-    """Write and return, by number, the thesis's tables whose setting belongs to the profile: thesis_table_<n>.*."""
-    published, settings = published_results(), planner.params.settings_of(profile)
-    numbers = published.table[published.setting.isin(settings)].unique()
-    tables = {int(number): thesis_table(number, results) for number in numbers}
-    for number, frame in tables.items():
-        write_table(frame, folder / f"thesis_table_{number}", thesis_title(number))
-    return tables
-
-
-def write_comparisons(results: pd.DataFrame, folder: Path) -> dict[str, pd.DataFrame]:
-    """Write and return, by setting, the comparisons of the settings that have students: comparison_<setting>.*."""
-    students = results[results.stage != "teacher"]
-    tables = {setting: comparison_table(results, setting) for setting in students.setting.unique()}
-    for setting, frame in tables.items():
-        write_table(frame, folder / f"comparison_{setting}", f"Students on {setting}")
-    return tables
-
-
-def write_shares(ledger: Ledger, profile: str, folder: Path) -> list[str]:
-    """Write the tables of the settings that have runs on fewer images: shares_<setting>.*; returns the settings."""
-    written = []
-    for setting in ledger.planner.params.settings_of(profile):
-        specs = ledger.runs(setting, FEW_DATA) + on_all_images(ledger, setting, FEW_DATA)
-        results = by_share(ledger.frame(specs), specs)
-        if (results.share < 100).any():
-            write_table(share_table(results, setting), folder / f"shares_{setting}", f"Fewer images on {setting}")
-            written.append(setting)
-    return written
-
-
-def write_tunings(results: pd.DataFrame, folder: Path) -> dict[str, pd.DataFrame]:
-    """Write and return, by setting, the grids of the settings that have run cells of one: tuning_<setting>.*."""
-    cells = results[(results.stage != "teacher") & (results.purpose == "tuning")]
-    tables = {setting: tuning_table(results, setting) for setting in cells.setting.unique()}
-    for setting, frame in tables.items():
-        write_table(frame, folder / f"tuning_{setting}", f"Grid cells on {setting}")
-    return tables
 
 
 def written(folder: Path, kind: str, keys: Iterable[str | int], otherwise: str) -> Markdown:

@@ -141,7 +141,7 @@ def _execute(source: Path, scratch: Path, parameters: Mapping[str, str], label: 
         except PapermillExecutionError as error:
             where = f"In [{error.exec_count}] of {source}"
             raise NotebookError(f"{where} raised {error.ename}: {error.evalue}") from None
-        except RuntimeError as error:  # what nbclient raises for a kernel that died or did not start
+        except RuntimeError:  # what nbclient raises for a kernel that died or did not start
             where = f"{_last_started(scratch)} of {source}"
             raise NotebookError(f"the kernel died in {where} (killed, or out of memory?); {KEPT}") from None
 

@@ -198,7 +198,7 @@ def alignment_reading(before: Mapping[str, float], results: pd.DataFrame, seed: 
     """What few-sample distillation repairs in the teacher of one seed.
 
     `before` is the test accuracy (percent) of each pruned network before alignment; `results` are those of
-    `lesson.by_share`.
+    `table_files.by_share`.
     """
     runs = results[(results.scheme == "offline") & (results.status == "finished") & (results.seed == seed)]
     lines = []

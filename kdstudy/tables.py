@@ -308,10 +308,10 @@ def tuning_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
 def share_table(results: pd.DataFrame, setting: str) -> pd.DataFrame:
     """Methods on shares of the training images: a row for each (share, method), the smallest share first.
 
-    `results` are those of `lesson.by_share`. Columns: share (percent), method, student (network), student_parameters;
-    test_accuracy (mean over the final runs), ci_low, ci_high (95 %), n; labels_alone (mean of the run without a teacher
-    of the same network on the same images); difference_to_labels (to it, paired by seed), difference_low,
-    difference_high, pairs, p_holm (adjusted for the number of differences); diverged.
+    `results` are those of `table_files.by_share`. Columns: share (percent), method, student (network),
+    student_parameters; test_accuracy (mean over the final runs), ci_low, ci_high (95 %), n; labels_alone (mean of the
+    run without a teacher of the same network on the same images); difference_to_labels (to it, paired by seed),
+    difference_low, difference_high, pairs, p_holm (adjusted for the number of differences); diverged.
     Raises ValueError for a missing column or two final runs of one seed.
     """
     runs = _runs_of(results, setting)

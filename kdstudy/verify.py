@@ -16,11 +16,11 @@ from typing import Any
 
 import pandas as pd
 
-from kdstudy import literature
+from kdstudy import literature, table_files
 from kdstudy.checkpoint import file_checksum, load_weights
 from kdstudy.device import DataOnDevice, data_path
 from kdstudy.evaluate import logits_of
-from kdstudy.execute import Executor
+from kdstudy.execute import Executor, only_teaching
 from kdstudy.image_set import read_card
 from kdstudy.make import accuracy
 from kdstudy.params import Params, load_params, look_up
@@ -215,7 +215,7 @@ class _Check:
             for stage in ("teacher", *self._shelf.params.methods):
                 specs = asked[stage, setting] = {spec.id: spec for spec in ledger.runs(setting, stage)}
                 for spec in list(specs.values()):
-                    specs |= _that_only_teach(spec)
+                    specs |= only_teaching([spec])
         return asked
 
     def _spec(self, run: str) -> RunSpec | None:
@@ -389,7 +389,7 @@ class _Check:
         """results.csv and, by name, the files of tables, as the published records give them."""
         ledgers = self._shelf.all_published()
         frames = [ledger.profile(self._profile) for ledger in ledgers]
-        texts = [results_text(frame).encode() for frame in frames]
+        texts = [table_files.results_text(frame).encode() for frame in frames]
         # either is right; where it is neither, it is told how it would be in a clone
         at = texts.index(found) if results.exists() and (found := results.read_bytes()) in texts else 0
         with tempfile.TemporaryDirectory() as folder:
@@ -479,16 +479,6 @@ class _Check:
             )
         elif abs(found - told) > EXACT:
             self._note(f"that score up to {ROUNDING} points more or less on {here} than on {record['device']}", spec.id)
-
-
-def _that_only_teach(spec: RunSpec) -> dict[str, RunSpec]:
-    """The runs above one that are made for teaching alone, by id."""
-    found = {}
-    for teacher in spec.teachers:
-        found |= _that_only_teach(teacher)
-        if teacher.purpose == "teaching":
-            found[teacher.id] = teacher
-    return found
 
 
 def _count(number: int, word: str) -> str:
@@ -622,20 +612,13 @@ def _ends_differently(record: Record) -> list[str]:
     return []
 
 
-def results_text(results: pd.DataFrame) -> str:
-    """results.csv, to the byte."""
-    return results.to_csv(index=False, lineterminator="\n")
-
-
 def write_tables(ledger: Ledger, results: pd.DataFrame, profile: str, folder: Path) -> None:
     """Write all tables of a profile into a folder, as the stage `tables` does."""
-    from kdstudy import lesson
-
-    lesson.write_thesis_tables(results, ledger.planner, profile, folder)
+    table_files.write_thesis_tables(results, ledger.planner, profile, folder)
     literature.write_tables(ledger, results, profile, folder)
-    lesson.write_comparisons(results[results.stage != lesson.FEW_DATA], folder)
-    lesson.write_shares(ledger, profile, folder)
-    lesson.write_tunings(results, folder)
+    table_files.write_comparisons(results[results.stage != table_files.FEW_DATA], folder)
+    table_files.write_shares(ledger, profile, folder)
+    table_files.write_tunings(results, folder)
 
 
 def _differs(path: Path, made: bytes | None) -> str:

@@ -23,7 +23,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdstudy import figures, lesson
+from kdstudy import figures, lesson, table_files
 from kdstudy.answers import before_alignment, teacher_answers
 from kdstudy.checkpoint import BadFile, save_weights
 from kdstudy.cohort import Cohort
@@ -498,14 +498,14 @@ def test_runs_on_few_images_are_shown_beside_those_on_all(folder):
     write_params(few_images())
     first = executor()
     first.run_stage("response")
-    specs = [*lesson.on_all_images(first.ledger, "stripes", "few_data"), *first.run_stage("few_data")]
+    specs = [*table_files.on_all_images(first.ledger, "stripes", "few_data"), *first.run_stage("few_data")]
     assert [spec.row for spec in specs] == ["ce", "kd", "ce_50", "few_sample_100", "few_sample_50", "kd_50", "other"]
-    results = lesson.by_share(first.ledger.frame(specs), specs)
+    results = table_files.by_share(first.ledger.frame(specs), specs)
     assert list(results.method) == ["ce", "kd", "ce", "few_sample", "few_sample", "kd", "other"]
     assert list(results.share) == [100, 100, 50, 100, 50, 50, 100]
     compared = share_table(results, "stripes")
     assert list(compared.method[compared.pairs == 1]) == ["kd", "kd"]
-    histories = lesson.by_share(first.ledger.histories(specs), specs)
+    histories = table_files.by_share(first.ledger.histories(specs), specs)
     assert set(histories.method) == {"ce", "kd"}  # nothing is trained by gradient in the others
     assert len(figures.show_curves_by_share(histories, folder / "figures")) == 1
     text = lesson.shares_table(first.ledger.planner, "stripes", "few_data", stripes()).data
@@ -517,17 +517,17 @@ def test_a_stage_that_aligns_and_trains_nothing_is_shown_without_curves(folder):
     write_params(few_images(methods=["few_sample_100"]))
     first = executor()
     specs = first.run_stage("few_data")
-    assert lesson.on_all_images(first.ledger, "stripes", "few_data") == []
+    assert table_files.on_all_images(first.ledger, "stripes", "few_data") == []
     assert first.ledger.frame(specs).epochs.tolist() == [0]
     histories = first.ledger.histories(specs)
     figures.show(figures.method_curves(histories), folder / "none.png")
-    assert figures.show_curves_by_share(lesson.by_share(histories, specs), folder) == []
+    assert figures.show_curves_by_share(table_files.by_share(histories, specs), folder) == []
 
 
 def test_a_setting_without_few_images_shows_sentences(folder):
     write_params(few_images(methods=["ce"]))
     first = executor()
-    assert first.run_stage("few_data") == lesson.on_all_images(first.ledger, "stripes", "few_data") == []
+    assert first.run_stage("few_data") == table_files.on_all_images(first.ledger, "stripes", "few_data") == []
     assert "nothing on fewer" in lesson.shares_table(first.ledger.planner, "stripes", "few_data", stripes()).data
     assert "no row" in lesson.rows_table(first.ledger.planner, "stripes", "few_data").data
 

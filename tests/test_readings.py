@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kdstudy import lesson, readings
+from kdstudy import lesson, readings, table_files
 from kdstudy.answers import Answers, edited, example, example_samples, surest
 from kdstudy.data import Draws, ImageBank
 from kdstudy.image_set import ImageSet, channel_statistics
@@ -172,7 +172,7 @@ def test_source_is_shown_without_the_place_it_comes_from():
 
 
 def on_shares(*rows: tuple[float, str, str, str, list[float]]) -> pd.DataFrame:
-    """Runs of (share, method, student, scheme, accuracies), as `lesson.by_share` gives them."""
+    """Runs of (share, method, student, scheme, accuracies), as `table_files.by_share` gives them."""
     runs = [
         run | {"student": student, "scheme": scheme, "student_parameters": 1, "teacher_accuracy": 97.0, "share": share}
         for share, method, student, scheme, accuracies in rows
@@ -230,10 +230,10 @@ def test_what_alignment_repaired_is_told_for_one_seed():
 def test_a_share_leaves_the_name_of_its_row_only_if_it_stands_there():
     specs = [SimpleNamespace(id=str(number), images=images) for number, images in enumerate((0.01, 0.1, 1.0, 1.0))]
     frame = results(*({"method": method} for method in ("ce_1", "kd_10", "few_sample_100", "few_sample_20")))
-    found = lesson.by_share(frame, specs)
+    found = table_files.by_share(frame, specs)
     assert list(found.share) == [1.0, 10.0, 100.0, 100.0]
     assert list(found.method) == ["ce", "kd", "few_sample", "few_sample_20"]
-    assert list(lesson.by_share(pd.DataFrame(), []).columns) == ["share"]
+    assert list(table_files.by_share(pd.DataFrame(), []).columns) == ["share"]
 
 
 @pytest.fixture(scope="module")

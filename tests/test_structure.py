@@ -31,7 +31,7 @@ FLOORS = tuple(
         "campaign collect",
         "answers cluster equations notebook statistics",
         "insides relations tables",
-        "companions",
+        "companions table_files",
         "figures lesson literature readings report",
         "budget combinations oneself pages scheme_figures speed students students_figures together tree_figures unseen "
         "unseen_figures verify",

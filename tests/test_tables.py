@@ -415,7 +415,7 @@ def test_csv_has_no_negative_zero_and_keeps_small_p_values(tmp_path):
 
 
 def on_shares(*rows: tuple) -> pd.DataFrame:
-    """Runs of (share, method, student, scheme, accuracies), as `lesson.by_share` gives them."""
+    """Runs of (share, method, student, scheme, accuracies), as `table_files.by_share` gives them."""
     runs = [
         run | {"share": share, "student": student, "scheme": scheme, "student_parameters": 7}
         for share, method, student, scheme, accuracies in rows
