@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 
+RUN = re.compile(r"[0-9a-f]{16}")  # an id
 STATUS = ("finished", "diverged")
 # what every record holds; what it says beyond these is for readers
 FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -1,18 +1,14 @@
 """Re-checks results: records against params.yaml, themselves and each other, tables against records, weights against
 both; and says what could not be made again, and why. Nothing of the study is written."""
 
-import csv
 import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -21,12 +17,24 @@ from kdstudy.checkpoint import file_checksum, load_weights
 from kdstudy.device import DataOnDevice, data_path
 from kdstudy.evaluate import logits_of
 from kdstudy.execute import Executor, only_teaching
+from kdstudy.file_difference import difference
 from kdstudy.image_set import read_card
 from kdstudy.make import accuracy
 from kdstudy.params import Params, load_params, look_up
+from kdstudy.plausibility import (
+    EXACT,
+    ROUNDING,
+    ends_differently,
+    is_cpu,
+    is_earlier,
+    latitude,
+    malformed,
+    other_length,
+    other_than_asked,
+    out_of_range,
+)
 from kdstudy.provenance import SOURCES, code, device_name
-from kdstudy.recipe import Plateau, Recipe
-from kdstudy.records import BadRecord, Record, read_record
+from kdstudy.records import RUN, BadRecord, Record, read_record
 from kdstudy.results import Ledger
 from kdstudy.schemes import sample_batch
 from kdstudy.stopping import never
@@ -35,10 +43,6 @@ from kdstudy.study import Planner, RunSpec, check_methods
 from kdstudy.train import REVISION
 
 REPORTS = Path("reports")
-EXACT = 1e-5  # percent; records keep six decimals
-ROUNDING = 0.3  # percent of the test images whose class may turn with the last bits of the logits
-SITTING = ("started", "command", "commit", "code", "device", "torch")  # what is read of each
-RUN = re.compile(r"[0-9a-f]{16}")
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
@@ -293,16 +297,16 @@ class _Check:
     def _check_record(self, path: Path, record: Record) -> None:
         for problem in self._problems(record):
             self._wrong(path, problem)
-        if not _malformed(record) and _is_earlier(record["finished"], record["started"]):
+        if not malformed(record) and is_earlier(record["finished"], record["started"]):
             self._note("that ended before they began, by a clock that was set back", record["run"])
 
     def _problems(self, record: Record) -> list[str]:
         """What is wrong with a sound record's contents. One thing at a time: the rest may follow from it."""
         spec = self._spec(record["run"])
-        steps: list[Callable[[], list[str]]] = [partial(_malformed, record), partial(_out_of_range, record)]
+        steps: list[Callable[[], list[str]]] = [partial(malformed, record), partial(out_of_range, record)]
         if spec:
-            steps += [partial(_other_than_asked, record, spec), partial(_other_length, record, spec)]
-        steps += [partial(_ends_differently, record), partial(self._other_teacher, record)]
+            steps += [partial(other_than_asked, record, spec), partial(other_length, record, spec)]
+        steps += [partial(ends_differently, record), partial(self._other_teacher, record)]
         return next(filter(None, (step() for step in steps)), [])
 
     def _other_teacher(self, record: Record) -> list[str]:
@@ -316,7 +320,7 @@ class _Check:
         own, told = teacher["scores"].get("test_accuracy"), record["scores"].get("teacher_accuracy")
         if own is None or told is None:
             return [f"teacher_accuracy is {told}, but by the record of the teacher {run} it is {own}"]
-        if abs(told - own) > _latitude(record, teacher):
+        if abs(told - own) > latitude(record, teacher):
             return [f"teacher_accuracy is {told}, but by the record of the teacher {run} it is {own}"]
         if abs(told - own) > EXACT:
             self._note(f"whose teacher scored up to {ROUNDING} points off its own record", record["run"])
@@ -381,7 +385,7 @@ class _Check:
             return
         wanted = {results: made} | {self._tables / name: content for name, content in tables.items()}
         for path in sorted({*wanted, *_visible(self._tables)}):
-            if problem := _differs(path, wanted.get(path)):
+            if problem := difference(path, wanted.get(path)):
                 self._wrong(path, problem)
         self._findings.checked.append(f"{self._profile}: results.csv and {_count(len(tables), 'file')} of tables")
 
@@ -401,13 +405,13 @@ class _Check:
     def _note_provenance(self) -> None:
         deterministic = self._shelf.params.profiles[self._profile].deterministic
         for run, record in self._records.items():
-            if _malformed(record):
+            if malformed(record):
                 continue
             sittings = record["sessions"]
             for sitting in sittings:
                 if reason := _code_is_lost(sitting["commit"], sitting["code"]):
                     self._note(reason, run)
-            on_gpu = [sitting for sitting in sittings if not _is_cpu(sitting["device"])]
+            on_gpu = [sitting for sitting in sittings if not is_cpu(sitting["device"])]
             if any(not deterministic and "--deterministic" not in sitting["command"].split() for sitting in on_gpu):
                 self._note("made on a GPU without `deterministic`, which repeat but for rounding", run)
             for name, where in (("device", "another kind of device"), ("torch", "another version of torch")):
@@ -473,7 +477,7 @@ class _Check:
             return
         record = self._shelf.own(spec.id) or self._records[spec.id]
         told, here = record["scores"]["test_accuracy"], device_name(data.device)
-        if abs(found - told) > (EXACT if here == record["device"] and _is_cpu(here) else ROUNDING):
+        if abs(found - told) > (EXACT if here == record["device"] and is_cpu(here) else ROUNDING):
             self._wrong(
                 weights, f"its test accuracy is {found} on {here}, but by its record {told} on {record['device']}"
             )
@@ -489,129 +493,6 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if not path.name.startswith(".")]
 
 
-def _is_cpu(device: str) -> bool:
-    return device.startswith("cpu")
-
-
-def _latitude(*records: Record) -> float:
-    """How far the accuracies of one network may lie apart that these runs found, in percent."""
-    devices = {record["device"] for record in records}
-    return EXACT if len(devices) == 1 and all(map(_is_cpu, devices)) else ROUNDING
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_earlier(one: str, other: str) -> bool:
-    return datetime.fromisoformat(one) < datetime.fromisoformat(other)
-
-
-def _malformed(record: Record) -> list[str]:
-    """What of a record cannot be read as what it should be."""
-    above = [record.get("teacher_run"), *_listed(record.get("co_teacher_runs", []))]
-    if not all(run is None or (isinstance(run, str) and RUN.fullmatch(run)) for run in above):
-        return [f"its teachers are {above!r:.80}, which are no ids of runs"]
-    if not all(isinstance(epoch.get("phase"), str) and type(epoch.get("epoch")) is int for epoch in record["history"]):
-        return ["an epoch of its history has no phase or number"]
-    for sitting in record["sessions"]:
-        if not isinstance(sitting, dict) or not all(isinstance(sitting.get(name), str) for name in SITTING):
-            return [f"a sitting does not tell {', '.join(SITTING)}"]
-    try:
-        _is_earlier(record["finished"], record["started"])
-    except (ValueError, TypeError):
-        return [f"started {record['started']!r:.40} and finished {record['finished']!r:.40} are no times in one form"]
-    last = record["sessions"][-1]
-    told = {"started": record["sessions"][0]["started"], **{name: last[name] for name in ("device", "torch", "commit")}}
-    return [
-        f"{name} is {record[name]}, but by its sittings {told[name]}" for name in told if record[name] != told[name]
-    ]
-
-
-def _out_of_range(record: Record) -> list[str]:
-    """Accuracies that are none, and negative numbers of what there can be none less than none of."""
-    measured = [*record["scores"].items(), *((f"further {name}", value) for name, value in record["further"].items())]
-    if record["status"] == "diverged" and measured:
-        return ["it diverged, and yet has scores"]
-    for number, epoch in enumerate(record["history"]):
-        measured += [(f"{name} of epoch {number}", value) for name, value in epoch.items() if name.endswith("accuracy")]
-    wrong = [f"{name} is {value}" for name, value in measured if not _is_within(name, value)]
-    counts = [(name, record[name]) for name in ("seconds", "resumes", "network_epochs", "student_parameters")]
-    return wrong[:1] + [f"{name} is {value}" for name, value in counts if not value >= 0]
-
-
-def _is_within(name: str, value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value >= 0 if name == "nll" else 0 <= value <= 100
-
-
-def _other_than_asked(record: Record, spec: RunSpec) -> list[str]:
-    """What a record says beyond its id, against what was asked for; fields that came later are not in it."""
-    wanted = {
-        "dataset": spec.dataset,
-        "images": spec.images,
-        "scheme": spec.scheme_name,
-        "co_teacher_runs": [teacher.id for teacher in spec.co_teachers],
-        "partners": list(spec.partners),
-        **_in_parts("hyperparameters", asdict(spec.build_method())),
-        **_in_parts("recipe", asdict(spec.recipe)),
-    }
-    said = record | _in_parts("hyperparameters", record["hyperparameters"]) | _in_parts("recipe", record["recipe"])
-    return [
-        f"{name} is {said[name]!r:.80}, but by its id {wanted[name]!r:.80}"
-        for name in wanted
-        if name in said and said[name] != wanted[name]
-    ]
-
-
-def _in_parts(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    # a tuple is a list in JSON
-    return {f"{name}.{key}": list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _other_length(record: Record, spec: RunSpec) -> list[str]:
-    """Whether the history has the epochs of the method's phases; the scheme may have put phases of its own before."""
-    history = record["history"]
-    stretches = [(name, list(epochs)) for name, epochs in groupby(history, key=lambda epoch: epoch.get("phase"))]
-    for name, epochs in stretches:
-        if [epoch.get("epoch") for epoch in epochs] != list(range(len(epochs))):
-            return [f"the epochs of phase {name} in its history do not follow one another"]
-    recipes = {phase.name: spec.recipe.for_phase(phase) for phase in spec.build_method().phases()}
-    own = [(name, epochs) for name, epochs in stretches if name in recipes]
-    diverged, untrained = record["status"] == "diverged", not history and not record.get("trained_parameters")
-    complete = own[:-1] if diverged else own
-    wanted = list(recipes)[: len(own)] if diverged or untrained else list(recipes)
-    if [name for name, _ in own] != wanted:
-        return [f"its history has the phases {[name for name, _ in own]}, but its method {list(recipes)}"]
-    for name, epochs in own:
-        recipe = recipes[name]
-        if len(epochs) > recipe.epochs or ((name, epochs) in complete and not _is_over(epochs, recipe)):
-            return [f"its history has {_count(len(epochs), 'epoch')} of phase {name}, but its recipe {recipe.epochs}"]
-    return []
-
-
-def _is_over(epochs: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
-    """Whether a phase ends after these epochs: all have been taken, or a plateau was found after the last one."""
-    if len(epochs) == recipe.epochs:
-        return True
-    plateau = Plateau(learning_rate=recipe.learning_rate)
-    stops = [plateau.update(epoch.get("held_out_accuracy", -1.0), recipe) for epoch in epochs]
-    return recipe.schedule == "plateau" and True in stops and stops.index(True) == len(epochs) - 1
-
-
-def _ends_differently(record: Record) -> list[str]:
-    """The last epoch's accuracies against the scores."""
-    if record["status"] == "diverged" or not record["history"]:
-        return []
-    last, scores = record["history"][-1], record["scores"]
-    for name, in_history in (("test_accuracy", "test_accuracy"), ("val_accuracy", "held_out_accuracy")):
-        said, noted = scores.get(name), last.get(in_history)
-        if (said is None) != (noted is None) or (said is not None and abs(said - noted) > _latitude(record)):
-            return [f"{name} is {said}, but after the last epoch of its history it is {noted}"]
-    return []
-
-
 def write_tables(ledger: Ledger, results: pd.DataFrame, profile: str, folder: Path) -> None:
     """Write all tables of a profile into a folder, as the stage `tables` does."""
     table_files.write_thesis_tables(results, ledger.planner, profile, folder)
@@ -619,52 +500,6 @@ def write_tables(ledger: Ledger, results: pd.DataFrame, profile: str, folder: Pa
     table_files.write_comparisons(results[results.stage != table_files.FEW_DATA], folder)
     table_files.write_shares(ledger, profile, folder)
     table_files.write_tunings(results, folder)
-
-
-def _differs(path: Path, made: bytes | None) -> str:
-    """How a file differs from what the records give; "" if it does not."""
-    if made is None:
-        return "the records give no such table"
-    if not path.exists():
-        return "it is missing"
-    try:
-        found = path.read_bytes()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if found == made:
-        return ""
-    texts = [content.decode(errors="replace") for content in (found, made)]
-    if path.suffix == ".csv" and (difference := _first_cell(*texts)):
-        return difference
-    return _first_line(*texts)
-
-
-def _first_cell(found: str, made: str) -> str:
-    """The first cell that differs between two tables as CSV; "" if it is not the cells."""
-    try:
-        tables = [list(csv.reader(text.splitlines())) for text in (found, made)]
-    except csv.Error:
-        return ""
-    heads = tables[1][0]
-    sizes = f"it has {len(tables[0]) - 1} rows, the records give {len(tables[1]) - 1}; " * (
-        len(tables[0]) != len(tables[1])
-    )
-    for number, (row, wanted) in enumerate(zip_longest(*tables, fillvalue=[])):
-        for column, (cell, right) in enumerate(zip_longest(row, wanted)):
-            if cell != right:
-                head = heads[column] if column < len(heads) else f"column {column + 1}"
-                return f"{sizes}first in row {number}, {head}: it has {_shown(cell)}, the records give {_shown(right)}"
-    return ""
-
-
-def _first_line(found: str, made: str) -> str:
-    pairs = enumerate(zip_longest(found.split("\n"), made.split("\n")), 1)
-    number, (line, right) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
-    return f"first in line {number}: it has {_shown(line)}, the records give {_shown(right)}"
-
-
-def _shown(text: str | None) -> str:
-    return "nothing" if text is None else f"{text!r:.100}"
 
 
 def _code_is_lost(commit: str, digest: str) -> str:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "kdstudy"
 FLOORS = tuple(
     set(floor.split())
     for floor in (
-        "core files stopping",
+        "core file_difference files stopping",
         "adapters augment blocks breakdown edits generator graphs heads image_set impressions margins memory "
         "modalities munge progress provenance quantisation recipe records roofline trees workers",
         "adversarial attention boundaries collective contrast cross_layer data ensembles exits few_samples fusion "
@@ -28,7 +28,7 @@ FLOORS = tuple(
         "cohort results",
         "bench make",
         "execute",
-        "campaign collect",
+        "campaign collect plausibility",
         "answers cluster equations notebook statistics",
         "insides relations tables",
         "companions table_files",

@@ -284,8 +284,11 @@ EDITS = {
     "no teacher's": (lambda record: record["scores"].pop("teacher_accuracy"), "teacher_accuracy is None, but by"),
     "no score": (lambda record: record["scores"].clear(), "finished without a test accuracy"),
     "an epoch less": (lambda record: record["history"].pop(0), "do not follow one another"),
-    "the last less": (lambda record: record["history"].pop(), "1 epoch of phase distil, but its recipe 2"),
-    "an epoch more": (lambda record: record["history"].append(record["history"][-1] | {"epoch": 2}), "3 epochs of"),
+    "the last less": (lambda record: record["history"].pop(), "1 of the 2 epochs of phase distil"),
+    "an epoch more": (
+        lambda record: record["history"].append(record["history"][-1] | {"epoch": 2}),
+        "3 of the 2 epochs of",
+    ),
     "an epoch twice": (lambda record: record["history"].append(record["history"][-1]), "do not follow"),
     "other phases": (lambda record: [epoch.update(phase="hint") for epoch in record["history"]], "has the phases []"),
     "no history": (lambda record: record["history"].clear(), "has the phases []"),
@@ -297,7 +300,7 @@ EDITS = {
     "start": (set_field("started", "2001-01-01T00:00:00+00:00"), "started is 2001"),
     "no time": (set_field("finished", "noon"), "no times in one form"),
     "no zone": (set_field("finished", "2031-01-01T00:00:00"), "no times in one form"),
-    "sitting": (set_field("sessions", ["at home"]), "a sitting does not tell"),
+    "sitting": (set_field("sessions", ["at home"]), "a sitting of it is no mapping"),
     "sittings": (lambda record: record["sessions"].append(record["sessions"][0]), "2 sittings and 0 resumes"),
     "half a sitting": (lambda record: record["sessions"][0].pop("code"), "a sitting does not tell"),
     "seed": (set_field("seed", 7), "seed is 7, but by its id it is 1"),
@@ -521,7 +524,7 @@ def test_a_plateau_ends_where_it_was_found(records):
 
         kept = path.read_text()
         edit(path, change)
-        assert_only_wrong(check(), path, "epochs of phase distil, but its recipe 30")
+        assert_only_wrong(check(), path, "of the 30 epochs of phase distil")
         path.write_text(kept)
 
 
@@ -531,7 +534,7 @@ def test_a_diverged_run_may_end_anywhere_but_not_later(records):
     edit(path, lambda record: record["history"].append(record["history"][0] | {"epoch": 1}))
     assert not any(str(path) in line for line in check().wrong)
     edit(path, lambda record: record["history"].append(record["history"][0] | {"epoch": 2}))
-    assert_only_wrong(check(), path, "3 epochs of phase distil")
+    assert_only_wrong(check(), path, "3 of the 2 epochs of phase distil")
 
 
 def notes(**options: Any) -> list[str]:
