@@ -232,7 +232,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     findings = collect(arguments.folders, ledger)
     for line in summary(findings):
         print(line)
-    published, unasked = publish_collected(ledger, {finding.run for finding in findings if finding.taken})
+    published, unasked = publish_collected(ledger, {each.run for each in findings if each.outcome != REFUSED})
     print(f"{len(published)} records published under {ledger.store.published}; `make tables` puts them into the tables")
     if unasked:
         print(f"params.yaml does not ask for {len(unasked)} of them, or not before their grids are done")

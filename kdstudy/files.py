@@ -1,6 +1,7 @@
 """Writes that a kill cannot tear, and errors that name the nearest known word."""
 
 import difflib
+import fcntl
 import json
 import os
 import tempfile
@@ -49,6 +50,18 @@ def remove_torn_writes(folder: Path) -> None:
     """Remove what a killed `atomic_write` left in a folder. Only for whoever alone writes there at the moment."""
     for path in folder.glob(".*.torn-*"):
         path.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock file. Nothing is written, and a file that is not there is not held."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it cannot be asked
+        return False
+    return False
 
 
 def require_writable(folder: Path) -> None:

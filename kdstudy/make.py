@@ -74,7 +74,7 @@ class Maker:
         return [self.store.record(spec) for spec in specs]
 
     def _make(self, specs: Sequence[RunSpec], on_step: OnStep) -> None:
-        missing = [spec for spec in specs if not self._is_made(spec)]  # another process may have made some
+        missing = [spec for spec in specs if not self.store.is_made(spec)]  # another process may have made some
         if not missing:
             return
         problem = self._try_to_train(missing, on_step)
@@ -99,10 +99,6 @@ class Maker:
                 raise
             return str(error).partition("\n")[0] or type(error).__name__
         return ""
-
-    def _is_made(self, spec: RunSpec) -> bool:
-        record = self.store.record(spec)
-        return record is not None and (record["status"] == "diverged" or self.store.weights(spec.id).exists())
 
     def _train(self, specs: Sequence[RunSpec], on_step: OnStep) -> None:
         teacher = cache(self.teacher)  # one network for all that it teaches

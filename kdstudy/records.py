@@ -114,6 +114,8 @@ def _problem(record: Any) -> str:
         return "a sitting of it is no mapping"
     if record["status"] == "finished" and "test_accuracy" not in record["scores"]:
         return "it is finished without a test accuracy"
+    if (record["status"] == "finished") != (record["weights_sha256"] is not None):
+        return f"it is {record['status']}, and weights_sha256 is {record['weights_sha256']!r:.80}"
     return _misfit(record)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdstudy.checkpoint import remove_checkpoint
-from kdstudy.files import atomic_write, remove_torn_writes, write_json
+from kdstudy.files import atomic_write, is_locked, remove_torn_writes, write_json
 from kdstudy.records import BadRecord, Record, read_record, seal
 from kdstudy.study import RunSpec
 
@@ -120,18 +120,30 @@ class Store:
     def _ensemble_path(self, profile: str, stage: str, setting: str, row: str) -> Path:
         return self.published / profile / stage / setting / "ensembles" / f"{row}.json"
 
+    def is_held(self, run: str) -> bool:
+        """Whether a process is making a run."""
+        return is_locked(self._lock_path(run))
+
+    def is_made(self, spec: RunSpec) -> bool:
+        """Whether a run has diverged, or is finished and its weights are here."""
+        record = self.record(spec)
+        return record is not None and (record["status"] == "diverged" or self.weights(spec.id).exists())
+
     @contextmanager
     def lock(self, run: str) -> Iterator[None]:
         """Hold a run for this process; waits while another process holds it. The lock ends with its holder.
 
         What the last holder was writing when it was killed is swept away.
         """
-        folder = self.root / run
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as file:
+        path = self._lock_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            remove_torn_writes(folder)
+            remove_torn_writes(path.parent)
             yield
+
+    def _lock_path(self, run: str) -> Path:
+        return self.root / run / "lock"
 
     def record_path(self, run: str) -> Path:
         """Where this store's own record of a run is or will be."""
