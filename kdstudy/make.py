@@ -179,7 +179,7 @@ class Maker:
         weights, record = self.store.weights(spec.id), self.store.record(spec)
         if record and file_checksum(weights) != record["weights_sha256"]:
             raise BadFile(
-                f"weights {weights} are torn, or not those of the record of {spec}; remove them, and they are made"
+                f"weights {weights} are torn, or not those of the record of {spec}; remove them to have them made again"
             )
         network = self.data.build(spec.network, spec.recipe)
         load_weights(network, weights)

@@ -33,7 +33,7 @@ KERNEL_ENVIRONMENT = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a warning of the debugger about frozen modules
 }
 KEPT = "what was finished is kept, and the stage goes on from its last checkpoints"
-GRACE_SECONDS = 60.0  # twice what a kernel has to write its checkpoints: after half of it it is told again
+GRACE_SECONDS = 30.0  # twice what a kernel has to write its checkpoints: after half of it it is told again
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -125,7 +125,8 @@ def _execute(source: Path, scratch: Path, parameters: Mapping[str, str], label: 
     class PatientManager(AsyncKernelManager):
         shutdown_wait_time = GRACE_SECONDS
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is checked or raised here
+    for name in ("papermill", "asyncio"):  # what they would log is checked or raised here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with Relay(label) as relay, _environment(KERNEL_ENVIRONMENT | relay.environment):
         try:
             papermill.execute_notebook(

@@ -26,6 +26,7 @@ MOST_TEACHERS = 100
 MOST_CELLS = 10_000
 LONGEST = 1000.0  # `length`
 DEEPEST = 20  # levels of params.yaml, of which it has 7
+MOST_VALUES = 200_000  # in all of it, with those that aliases repeat
 
 
 @dataclass(frozen=True)
@@ -299,15 +300,19 @@ def load_params(path: Path = PARAMS_FILE, overrides: Sequence[str] = ()) -> Para
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what could surprise: a key twice, keys that are no text, aliases, tags, endless depth or numbers."""
+    """YAML without what could surprise: a key twice, keys that are no text, tags, endless depth, numbers or aliases."""
 
     depth = 0
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._sizes: dict[int, tuple[int, int]] = {}  # of nodes by address: values and levels, with all that is inside
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """The next node; every node passes here, also those inside it."""
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for more than any memory holds
-            raise _refusal(f"*{event.anchor} is an alias, which is not read here; write the value out", event)
+        if isinstance(event, yaml.AliasEvent) and id(self.anchors.get(event.anchor)) not in self._sizes:
+            raise _refusal(f"*{event.anchor} stands for nothing that is complete before it", event)
         if getattr(event, "tag", None):
             raise _refusal(f"{event.tag} is a tag, which is not read here; leave it out", event)
         if self.depth == DEEPEST:
@@ -315,7 +320,18 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if id(node) not in self._sizes:
+            self._sizes[id(node)] = self._size(node)
+        values, levels = self._sizes[id(node)]
+        if values > MOST_VALUES or levels > DEEPEST:  # a few lines of aliases can stand for more than any memory holds
+            raise _refusal(f"this stands for more than {MOST_VALUES:,} values or {DEEPEST} levels", event)
         return node
+
+    def _size(self, node: yaml.Node) -> tuple[int, int]:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+        sizes = [self._sizes[id(part)] for part in parts]
+        return 1 + sum(values for values, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """The mapping, unless a key occurs twice, of which YAML would take the last, or is no text."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import forkserver
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from kdstudy.stopping import Failed, ShouldStop
@@ -22,6 +22,7 @@ Tell = Callable[[Any, str], None]
 Work = Callable[[Any, Any, Any, Tell, ShouldStop], None]
 
 POLL_SECONDS = 0.2
+HEARD = (signal.SIGINT, signal.SIGTERM)
 
 _surroundings: dict[str, Any] = {}  # of a worker process
 
@@ -92,16 +93,12 @@ def side_by_side(
 
 def _start_server() -> None:
     """Start the process that workers are forked from. It ends with this one, not by signals meant for the group."""
-    if threading.current_thread() is not threading.main_thread():
-        forkserver.ensure_running()
-        return
-    heard = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in heard}
+    resource_tracker.ensure_running()  # which would let signals through again if it were started inside
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # not ignored: what comes now is heard afterwards
     try:
         forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tell_of_death(tasks: Sequence[Any], seats: Sequence[Any]) -> None:
@@ -141,35 +138,36 @@ class _Crew:
     pool: ProcessPoolExecutor
     told: Any
     stop: Any
+    tasks: list[Any] = field(default_factory=list)  # all so far, by number: news of one may come late
 
     def do(self, tasks: list[Any], tell: Callable[[Any, Any, str], None], should_stop: ShouldStop) -> bool:
         """Have tasks done, which leave the list as they are; False if a worker has died. Raises the first error."""
-        numbered = dict(enumerate(tasks))
         alive, pending = True, {}
         try:
-            for number, task in numbered.items():
-                pending[self.pool.submit(_do, number, task)] = number
+            for task in list(tasks):
+                pending[self.pool.submit(_do, len(self.tasks), task)] = task
+                self.tasks.append(task)
         except BrokenProcessPool:
             alive = False
         while pending:
             done, _ = wait(pending, timeout=POLL_SECONDS, return_when="FIRST_EXCEPTION")
-            self._pass_on(numbered, tell)
+            self._pass_on(tell)
             for future in done:
-                number = pending.pop(future)
+                made = pending.pop(future)
                 try:
                     future.result()
-                    tasks[:] = [task for task in tasks if task is not numbered[number]]
+                    tasks[:] = [task for task in tasks if task is not made]
                 except BrokenProcessPool:
                     alive = False
             if should_stop():
                 self.stop.value = True
         return alive
 
-    def _pass_on(self, tasks: dict[int, Any], tell: Callable[[Any, Any, str], None]) -> None:
+    def _pass_on(self, tell: Callable[[Any, Any, str], None]) -> None:
         try:
             while True:
                 number, news, text = self.told.get_nowait()
-                tell(tasks[number], news, text)
+                tell(self.tasks[number], news, text)
         except queue.Empty:
             pass
 
@@ -177,6 +175,7 @@ class _Crew:
 def _begin(work: Work, shared: Any, free: Any, told: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too and asks for a stop
     signal.signal(signal.SIGTERM, _hear)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # as they are where it was forked from
     threading.Thread(target=_follow_parent, daemon=True).start()
     _surroundings.update(work=work, shared=shared, seat=free.get(), told=told, stop=stop)
 

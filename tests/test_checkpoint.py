@@ -320,7 +320,7 @@ def test_two_torn_ones_are_refused_by_name(path):
         write(save_checkpoint, path, value)
     torn(path)
     torn(previous_checkpoint(path))
-    wanted = f"checkpoint {path} cannot be read: .*; nor can {previous_checkpoint(path)}.* remove both to start"
+    wanted = f"checkpoint {path} cannot be read: .*; and {previous_checkpoint(path)}.* remove both to start"
     with pytest.raises(BadFile, match=wanted):
         load_checkpoint(path, CPU)
 

@@ -83,7 +83,7 @@ def test_a_budget_stops_in_time_and_the_next_call_goes_on(folder, capsys):
         (["run", "--setting", "digits", "--method", "kdd"], "did you mean 'kd'"),
         (["run", "--setting", "digits", "--stage", "respons"], "unknown stage 'respons'; did you mean 'response'"),
         (["run", "--setting", "digits", "--set", "recipes.quick.epoch=1"], "did you mean 'epochs'"),
-        (["run", "--setting", "digits", "--set", "recipes.quick.batch=900"], "batch must be at most the 719"),
+        (["run", "--setting", "digits", "--set", "recipes.quick.batch=900"], "batch must be at most the 899"),
         (["run", "--setting", "digits", "--set", "settings.digits.student=wrn_11_1"], "6n + 4"),
         (["run", "--setting", "digits", "--set", "settings.digits.teacher=resnet17"], "unknown model 'resnet17'"),
         (["run", "--setting", "digits", "--set", "datasets.digits.validation=899"], "can be held out, not 899"),

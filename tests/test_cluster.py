@@ -377,8 +377,13 @@ def test_nothing_of_a_local_cluster_outlives_its_driver(folder):
         try:
             assert [driver.stdout.readline() for _ in range(2)] == [b"started\n", b"works\n"]
             before = descendants(driver.pid)
-            assert [each for each in map(command, before) if each.startswith("ray::_Worker")]
+            commands = list(map(command, before))
+            assert [each for each in commands if each.startswith("ray::_Worker")]
         finally:
             driver.kill()
     # two that only look after the others notice it a minute later
     wait_until(lambda: {command(each) for each in before} <= {"", "ray::DashboardAgent", "ray::RuntimeEnvAgent"})
+    left = [Path(each.split("--log_dir=")[1].split("/session_")[0]) for each in commands if "--log_dir=" in each]
+    assert left and left[0].is_dir()
+    with module._own_folder():
+        assert not left[0].exists()  # whoever comes next sweeps up

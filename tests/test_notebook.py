@@ -12,7 +12,7 @@ import psutil
 import pytest
 from nbformat import v4
 
-from kdstudy.notebook import NotebookError, canonical, format_sources, main, normalise, run_notebook
+from kdstudy.notebook import KEPT, NotebookError, canonical, format_sources, main, normalise, run_notebook
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +155,10 @@ def test_a_runner_that_is_ended_takes_its_kernel_along_and_keeps_others_out_unti
     assert f"out.ipynb is being written by process {runner.pid}" in capsys.readouterr().err
 
     runner.send_signal(number)
-    _, message = runner.communicate(timeout=30)
+    _, message = runner.communicate(timeout=60)
     assert runner.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert message == ("interrupted\n" if number == signal.SIGINT else "")
+    first = {signal.SIGINT: "interrupted; ", signal.SIGTERM: "stopped by SIGTERM; ", signal.SIGKILL: ""}[number]
+    assert message == (f"{first}{KEPT}\n" if first else "")
     wait_for(lambda: not is_running(kernel), seconds=5)
     assert Path("out.ipynb").read_text() == "the good one"
     assert not Path("out.failed.ipynb").exists()

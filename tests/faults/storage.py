@@ -81,7 +81,7 @@ def torn_record(folder: Path, expected: Results) -> Outcome:
     tear(sorted(study.store.glob("*/record.json"))[0])
     said = study.complete()
     how = "half of a record whose copy is published"
-    says = ["is no record of a run", "Its other copy, .* is taken"]
+    says = ["is no record of a run", "its other copy, .* is taken"]
     return judged(_healed(study), expected, TORN, how, said, must_say=says, complaints=complaints)
 
 
@@ -123,7 +123,7 @@ def torn_weights(folder: Path, expected: Results) -> Outcome:
     path.unlink()
     study.complete()
     how = "half of a teacher's weights; then removed"
-    says = [r"weights\.safetensors cannot be read", "remove it|made again|trained again"]
+    says = [r"weights\.safetensors are torn", "remove it|made again|trained again"]
     return judged(
         *(study, expected, TORN, how, said),
         **{"must_say": says, "complaints": complaints, "forgiven": f"{path.parent.name} was trained again"},
