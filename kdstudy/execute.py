@@ -1,6 +1,7 @@
 """Finds the runs that a stage lacks, has them made in an order that serves, and publishes their records."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -129,7 +130,8 @@ class Executor:
 
         Raises Stopped when it is asked to stop; what is not yet finished goes on from its checkpoints.
         """
-        with self._request.listening():
+        # whoever has a say in when to stop listens to signals, too
+        with self._request.listening() if self._should_stop is self._request else nullcontext():
             specs = self.make_chosen(stage)
         self.store.publish(self.ledger.planner.setting(self.setting).profile, stage, self.setting, specs)
         if self.ledger.planner.setting(self.setting).ensembles:

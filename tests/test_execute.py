@@ -391,6 +391,32 @@ def test_a_store_above_another_takes_from_it_and_writes_nothing_there(folder, tr
     }
 
 
+def test_weights_beneath_that_no_record_vouches_for_are_left_alone(folder, trained):
+    write_params(FAST | profile(cohort=5))
+    (teacher,) = executor().run_stage("teacher")
+    for path in (executor().store.record_path(teacher.id), executor().store.published_path(teacher)):
+        path.unlink()
+    below = contents("store")
+    above = open_ledger(
+        store=Store(Path("out/runs"), Path("out/published"), beneath=Store(Path("store"), Path("runs")))
+    )
+    Executor(above, "stripes").run_stage("teacher")
+    assert contents("store") == below
+    assert {path.name for path in Path("out/runs", teacher.id).iterdir()} >= {"record.json", "weights.safetensors"}
+
+
+def test_signals_are_left_to_whoever_says_when_to_stop(folder, monkeypatch):
+    heard = []
+    monkeypatch.setattr(
+        Executor, "make_chosen", lambda self, stage: heard.append(signal.getsignal(signal.SIGTERM)) or []
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    Executor(executor().ledger, "stripes", should_stop=lambda: False).run_stage("teacher")
+    executor().run_stage("teacher")
+    assert heard[0] == before != heard[1]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def contents(folder: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
