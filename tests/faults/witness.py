@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+WORDS = 7  # of a line
 CLOCK_SECONDS = 0.1  # between two looks at the clock that mean the same moment
 Position = tuple[int, int, int]  # phase, epoch, step
 
@@ -20,9 +21,14 @@ class Event:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events so far; a line that is not whole yet is left out."""
+    """All events of runs so far; a line that is not whole yet is left out.
+
+    So is training that belongs to no run: the notebook on data-free distillation repeats some to show its images.
+    """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [_event(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        _event(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and len(line.split()) == WORDS
+    ]
 
 
 def _event(line: str) -> Event:
