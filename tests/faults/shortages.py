@@ -108,15 +108,15 @@ def jumping_clock(folder: Path, expected: Results) -> Outcome:
     study = Study(folder)
     clocks = {"what": "clocks"}
     began = time.monotonic()
-    with study.train("--budget", "8s", fault=clocks) as command:
+    with study.train("--budget", "4s", fault=clocks) as command:
         command.wait(60)
         took = time.monotonic() - began
         complaints = end_of(command)
     if took > 20:
-        complaints.append(f"a budget of 8 s took {took:.0f} s")
+        complaints.append(f"a budget of 4 s took {took:.0f} s")
     with study.train(fault=clocks) as second:
         complaints += end_of(second)
-    how = "a clock that jumps by up to three days at each look, under a budget of 8 s, then without"
+    how = "a clock that jumps by up to three days at each look, under a budget of 4 s, then without"
     says = ["the budget is spent; the same command goes on from here"]
     return judged(study, expected, "clock jumps", how, command.text, must_say=says, complaints=complaints)
 
