@@ -1,6 +1,7 @@
 """The command line of the fault campaign: `python -m tests.faults --kills 100 --out reports/faults`."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from .study import Study
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for, write the table, and return 1 if a fault did not end as promised."""
     arguments = _parser().parse_args(argv)
+    # a shell has what it starts in the background ignore interrupts: a Ctrl-C would be none
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     names = arguments.only if arguments.only is not None else list(SCENARIOS)
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         outcomes = list(_scenarios(names, Path(temporary)))
