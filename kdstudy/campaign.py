@@ -41,6 +41,7 @@ class Campaign:
 
     def __init__(self, ledger: Ledger, choice: Choice):
         self.ledger, self.choice = ledger, choice
+        self._card = cache(lambda dataset: read_card(data_path(dataset)))  # one file for thousands of runs
         planner = ledger.planner
         stages = {TEACHER: None, **planner.params.methods}
         for stage in choice.stages:
@@ -89,7 +90,7 @@ class Campaign:
 
     def operations(self, spec: RunSpec) -> float:
         """How many floating-point operations a run takes at most, roughly: networks forward and back, and teachers."""
-        card = read_card(data_path(spec.dataset))
+        card = self._card(spec.dataset)
         shape = (card["channels"], *card["image_size"])
         trained = [_operations(name, len(card["class_names"]), shape)[1] for name in (spec.network, *spec.partners)]
         asked = spec.teachers if SCHEMES[spec.scheme_name].needs_teacher else ()

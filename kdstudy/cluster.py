@@ -359,7 +359,7 @@ def _take_in(files: Files, run: str, store: Store) -> None:
 
     Raises BadRecord or Failed if they are not the run's or do not fit each other.
     """
-    store = replace(store, beneath=None)
+    store = store.own
     record, weights, checkpoint = store.record_path(run), store.weights(run), store.checkpoint(run)
     if checkpoint.name in files:
         with atomic_write(checkpoint) as temporary:

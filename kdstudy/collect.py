@@ -27,10 +27,11 @@ from kdstudy.checkpoint import (
     told_if_full,
 )
 from kdstudy.device import data_path
+from kdstudy.execute import only_teaching
 from kdstudy.files import atomic_write, is_locked, write_json
 from kdstudy.image_set import read_card
 from kdstudy.records import RUN, BadRecord, Record, read_record
-from kdstudy.results import Ledger
+from kdstudy.results import Ledger, above
 from kdstudy.store import Store
 from kdstudy.study import RunSpec
 from kdstudy.train import REVISION, position_of
@@ -98,7 +99,7 @@ class Intake:
     """Takes runs into a ledger's store. Raises ValueError if the card of a data set is torn."""
 
     def __init__(self, ledger: Ledger):
-        self._store = replace(ledger.store, beneath=None)
+        self._store = ledger.store.own
         cards = {name: data_path(name) for name in ledger.planner.params.datasets}
         cards = {name: read_card(path) for name, path in cards.items() if path.with_suffix(".json").exists()}
         self._checksums = {name: card["checksum"] for name, card in cards.items()}
@@ -384,15 +385,10 @@ def publish_collected(ledger: Ledger, runs: Collection[str]) -> tuple[list[RunSp
     for setting in ledger.planner.params.settings:
         for stage in ("teacher", *ledger.planner.params.methods):
             for spec in ledger.runs(setting, stage):
-                above = _above(spec)
-                asked |= {spec.id, *(teacher.id for teacher in above)}
-                own = [spec, *(teacher for teacher in above if teacher.purpose == "teaching")]
+                asked |= {spec.id, *(teacher.id for teacher in above(spec))}
+                own = [spec, *only_teaching([spec]).values()]
                 published += [each for each in own if _publish(ledger.store, each)]
     return published, [run for run in runs if run not in asked]
-
-
-def _above(spec: RunSpec) -> list[RunSpec]:
-    return [each for teacher in spec.teachers for each in (teacher, *_above(teacher))]
 
 
 def _publish(store: Store, spec: RunSpec) -> bool:

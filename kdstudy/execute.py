@@ -16,7 +16,7 @@ from kdstudy.image_set import read_card, read_image_set
 from kdstudy.make import Maker, OnStep, accuracy, table_of
 from kdstudy.models import Ensemble
 from kdstudy.params import PARAMS_FILE, load_params, look_up
-from kdstudy.results import Ledger
+from kdstudy.results import Ledger, above
 from kdstudy.stopping import ShouldStop, Stopped, StopRequest
 from kdstudy.store import Store
 from kdstudy.study import SCHEMES, Planner, RunSpec, check_methods
@@ -232,13 +232,7 @@ def lacking(specs: Iterable[RunSpec], store: Store) -> list[RunSpec]:
 
 def only_teaching(specs: Iterable[RunSpec]) -> dict[str, RunSpec]:
     """The runs that only teach, above these, by id."""
-    found: dict[str, RunSpec] = {}
-    for spec in specs:
-        for teacher in spec.teachers:
-            found |= only_teaching([teacher])
-            if teacher.purpose == "teaching":
-                found[teacher.id] = teacher
-    return found
+    return {teacher.id: teacher for spec in specs for teacher in above(spec) if teacher.purpose == "teaching"}
 
 
 def _make_side_by_side(

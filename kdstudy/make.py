@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
@@ -152,7 +152,7 @@ class Maker:
             record["weights_sha256"] = None
         else:
             record |= {"status": "finished", "scores": scores, "further": further, "history": history}
-            weights = replace(self.store, beneath=None).weights(spec.id)
+            weights = self.store.own.weights(spec.id)
             save_weights(scheme.deployed, weights)
             record["weights_sha256"] = file_checksum(weights)
         record["network_epochs"] = _network_epochs(scheme, history)

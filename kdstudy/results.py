@@ -1,7 +1,7 @@
 """From params.yaml and the records on disk to tidy tables of runs; a run without a record is simply not in them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,13 @@ class Ledger:
             names = {"run": spec.id, "method": spec.row, "seed": spec.seed, "purpose": spec.purpose}
             epochs += [names | epoch for epoch in (record["history"] if record else ())]
         return pd.DataFrame(epochs)
+
+
+def above(spec: RunSpec) -> Iterator[RunSpec]:
+    """All runs that must be made before a run, each before those that it comes before; some perhaps twice."""
+    for teacher in spec.teachers:
+        yield from above(teacher)
+        yield teacher
 
 
 def with_teachers(spec: RunSpec) -> dict[str, RunSpec]:

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdstudy.checkpoint import remove_checkpoint
@@ -34,6 +34,11 @@ class Store:
     root: Path = STORE
     published: Path = PUBLISHED
     beneath: "Store | None" = None
+
+    @property
+    def own(self) -> "Store":
+        """This store without the one beneath: where things are written."""
+        return replace(self, beneath=None)
 
     def weights(self, run: str) -> Path:
         """Where the deployed network's weights are or will be."""
